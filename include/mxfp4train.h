@@ -296,8 +296,8 @@ typedef enum mxt_transport {
   // By NCCL, of which every rank needs the same release (libnccl.so.2, 2.19 or newer), and a GPU of
   // its own. Where it cannot be, mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says why.
   MXT_TRANSPORT_NCCL = 2,
-  // By copies from GPU to GPU, which take none of their multiprocessors: between GPUs of one host that
-  // reach each other's memory (over NVLink or PCIe), each of one rank. Likewise.
+  // In each other's memory: of at most 8 GPUs of one host that reach it (over NVLink or PCIe), each of
+  // one rank. Likewise.
   MXT_TRANSPORT_PEER = 3,
 } mxt_transport;
 
@@ -434,9 +434,16 @@ typedef struct mxt_group {
   // Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot tell a
   // rank that is gone from one that is slow, and the callbacks show one that is gone earlier. The
   // call returns MXT_ERROR_PEER then. At least 1. Default 600.
-  uint32_t timeout_seconds;
+  uint64_t timeout_seconds;
   // One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
   int32_t transport;
+  // 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
+  // to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
+  // changes no bit. For adamw and muon without ramping, and on GPUs with MXT_TRANSPORT_HOST alone so
+  // far; mxt_trainer_watch_updates is MXT_ERROR_UNSUPPORTED then. mxt_trainer_snapshot is collective,
+  // and that of rank 0 has all that there is to save. What a rank kept is lost with it. 0 (default):
+  // every rank keeps all.
+  int32_t shard_states;
 } mxt_group;
 
 // Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line

@@ -779,6 +779,42 @@ fn a_group_that_ends_leaves_no_gpu_waiting() {
     }
 }
 
+/// Ranks that keep states of some tensors each, which they give around through the host.
+#[test]
+fn sharded_states_change_no_bit() {
+    if gpu().is_none() {
+        return;
+    }
+    let (data, gpus, folder) = (text(), gpus(), tempfile::tempdir().unwrap());
+    for optimizer in ["adamw", "adamw,moments=int8,master=split", "adamw,moments=fp8", "muon"] {
+        let of_size = |size: usize| {
+            let dir = folder.path().join(size.to_string());
+            let mut all = ranks::on_ranks(size, |rank, group| {
+                let options = ranks::options(rank, size, group);
+                let group = options
+                    .group
+                    .map(|group| group.with_transport(Transport::Host).with_sharded_states(true));
+                let device = format!("cuda:{}", rank % gpus);
+                let engine = Engine::new(EngineOptions { device, group, ..options }).unwrap();
+                let how = TrainerOptions {
+                    batch_size: 2,
+                    lanes: 2,
+                    optimizer: optimizer.parse().unwrap(),
+                    ..self::options("fp8-mxfp4-rht-sr")
+                };
+                let model = Model::new(&engine, &config()).unwrap();
+                let mut trainer = Trainer::new(&model, how).unwrap();
+                let steps = [0; 6].map(|_| trainer.step(&data).unwrap().loss.to_bits());
+                trainer.save(&dir).unwrap();
+                steps
+            });
+            let read = |name| std::fs::read(dir.join(name)).unwrap();
+            (all.remove(0), ["model.safetensors", "trainer.safetensors"].map(read))
+        };
+        assert!(of_size(2) == of_size(1), "{optimizer}");
+    }
+}
+
 /// Ranks share the GPUs that there are, by every way that these have: losses, norms and files of one that
 /// has all lanes, and of ranks that go on from each other.
 #[test]

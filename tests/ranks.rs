@@ -109,6 +109,75 @@ fn any_number_of_ranks_has_the_same_bits() {
     }
 }
 
+/// Ranks that keep states of some tensors each are those that keep all: bits, files of a save and of a
+/// snapshot, and runs that go on from them in either way.
+#[test]
+fn sharded_states_change_no_bit() {
+    let (data, folder) = (data(), tempfile::tempdir().unwrap());
+    for (recipe, optimizer) in [
+        ("mxfp4-rht-sr", "adamw"),
+        ("bf16", "adamw,moments=int8"),
+        ("fp32", "adamw,moments=bf16"),
+        ("bf16", "adamw,moments=fp8"),
+        ("fp8-mxfp4-rht-sr", "muon"),
+        ("mxfp4-rht-sr", "muon,moments=fp8"),
+        ("tetrajet,ema=0.99,reset=4:2:2@0.0", "adamw"),
+    ] {
+        let dir = |name: &str| folder.path().join(name);
+        let run = |engine: &Engine, name: &str| {
+            let mut trainer = trainer(engine, options(recipe, optimizer, 4, 4)).unwrap();
+            let trained = train(&mut trainer, 3, &data);
+            trainer.save(&dir(name)).unwrap();
+            let copied = trainer.snapshot(None).unwrap().save(&dir(&format!("{name}-copied")));
+            let after = trainer.step(&data).unwrap().loss.to_bits();
+            (trained, after, copied.is_ok(), trainer.plan())
+        };
+        let (trained, after, _, plan) = on_engines(1, |engine| run(engine, "alone")).remove(0);
+        for size in [2, 4] {
+            let name = format!("of {size}");
+            let all = ranks::on_sharded_engines(size, |engine| run(engine, &name));
+            for (rank, (of_rank, step, is_copied, _)) in all.iter().enumerate() {
+                let what = format!("{recipe}, {optimizer}: rank {rank} of {size}");
+                assert_eq!((of_rank, *step), (&trained, after), "{what}");
+                assert_eq!(*is_copied, rank == 0, "{what}");
+            }
+            // What Muon computes in, and what a recipe keeps of weights, is there on every rank.
+            if !optimizer.starts_with("muon") && !recipe.contains("ema") {
+                let states: u64 = all.iter().map(|(.., of_rank)| of_rank.optimizer).sum();
+                let others = plan.optimizer * (size as u64 - 1);
+                assert!(states < plan.optimizer + others / 2, "{optimizer}: {states}, {plan:?}");
+            }
+            for name in [name.clone(), format!("{name}-copied")] {
+                assert!(
+                    files(&dir(&name)) == files(&dir("alone")),
+                    "{recipe}, {optimizer}: {name}"
+                );
+            }
+            // Each from the other's.
+            let step = |engine: &Engine| {
+                let mut trainer = Trainer::load(engine, &dir(&name)).unwrap();
+                trainer.step(&data).unwrap().loss.to_bits()
+            };
+            assert_eq!(on_engines(1, step), [after]);
+            let step = |engine: &Engine| {
+                let mut trainer = Trainer::load(engine, &dir("alone")).unwrap();
+                trainer.step(&data).unwrap().loss.to_bits()
+            };
+            assert_eq!(ranks::on_sharded_engines(size, step), vec![after; size]);
+        }
+    }
+    let refused = ranks::on_sharded_engines(2, |engine| {
+        let of = |optimizer| trainer(engine, options("bf16", optimizer, 2, 2)).unwrap_err();
+        let kinds = ["stable-adamw", "stable-spam"].map(|kind| of(kind).to_string());
+        let mut trainer = trainer(engine, options("bf16", "adamw", 2, 2)).unwrap();
+        (kinds, trainer.watch_updates(1).unwrap_err().to_string())
+    });
+    for (kinds, watched) in &refused {
+        assert!(kinds.iter().all(|error| error.contains("sharded states of stable-")), "{kinds:?}");
+        assert!(watched.contains("keep all states"), "{watched}");
+    }
+}
+
 /// 4, 2, 1, and again 4 ranks that go on from each other's checkpoints are a run that never stopped.
 #[test]
 fn a_run_goes_on_on_another_number_of_ranks() {

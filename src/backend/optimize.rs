@@ -3,6 +3,8 @@
 //! Between the two is the seam at which clipping decides, and at which ranks exchange what they
 //! have.
 
+use std::ops::Range;
+
 use super::{FlatGradients, Memory, Slot};
 use crate::Result;
 use crate::optim::moments::Element;
@@ -43,8 +45,9 @@ pub struct StateLayout {
 }
 
 impl StateLayout {
-    /// Of the state of this number that an optimizer keeps of these parameters. What belongs to a
-    /// parameter starts at a multiple of `align` f32 numbers.
+    /// Of the state of this number that an optimizer keeps of these parameters, of those that are
+    /// `owned` by their numbers. What belongs to a parameter starts at a multiple of `align` f32
+    /// numbers.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
@@ -52,12 +55,17 @@ impl StateLayout {
         slots: &[Slot],
         optimizer: &Optimizer,
         state: usize,
+        owned: &Range<usize>,
         align: usize,
     ) -> Result<Self> {
         let (align, mut next) = (align * size_of::<f32>(), 0usize);
         let places = slots.iter().map(|slot| {
-            let element = optimizer.moments.element(slot.kind, state);
-            let len = if optimizer.keeps(state, slot.kind) { slot.len } else { 0 };
+            let mut element = optimizer.moments.element(slot.kind, state);
+            let mut len = if optimizer.keeps(state, slot.kind) { slot.len } else { 0 };
+            if !owned.contains(&slot.index) {
+                // Without scales, which others would be asked for.
+                (element, len) = (Element::F32, 0);
+            }
             let mut place = Place { element, start: next, len, scales: 0 };
             next = (place.start + place.bytes()).next_multiple_of(align);
             place.scales = next;
@@ -72,9 +80,14 @@ impl StateLayout {
     ///
     /// # Errors
     /// As [`StateLayout::new`].
-    pub(crate) fn of_all(slots: &[Slot], optimizer: &Optimizer, align: usize) -> Result<Vec<Self>> {
+    pub(crate) fn of_all(
+        slots: &[Slot],
+        optimizer: &Optimizer,
+        owned: &Range<usize>,
+        align: usize,
+    ) -> Result<Vec<Self>> {
         let states = 0..optimizer.states().len();
-        let layouts = states.map(|state| Self::new(slots, optimizer, state, align));
+        let layouts = states.map(|state| Self::new(slots, optimizer, state, owned, align));
         collect("the layouts of the optimizer's states", layouts)
     }
 }
@@ -94,6 +107,8 @@ pub struct Trained<'a, B: Memory> {
     pub statistics: &'a mut B::F32,
     /// Gradients.
     pub gradients: &'a mut FlatGradients<B>,
+    /// The parameters whose states are here, by their numbers: others stay as they are.
+    pub owned: Range<usize>,
 }
 
 /// Optimizers.

@@ -175,6 +175,15 @@ pub(super) fn one_of<T: Copy>(
     Err(Failure::invalid(what, message + &format!(", got {value}")))
 }
 
+/// A yes or no.
+pub(super) fn flag(name: &'static str, value: i32) -> Result<bool, Failure> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(Failure::invalid(name, format!("expected 0 or 1, got {other}"))),
+    }
+}
+
 /// What Rust asks of a pointer to `count` elements besides being valid.
 pub(super) fn check<T>(what: &str, data: *const T, count: usize) -> Result<(), Failure> {
     if data.is_null() {

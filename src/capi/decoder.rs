@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard};
 use super::generate::{self, mxt_decoder_weights, mxt_generate_options, weights};
 use super::handle::{Handle, State, refused};
 use super::message::Slot;
-use super::model::{flag, mxt_model};
+use super::model::mxt_model;
 use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
@@ -101,7 +101,8 @@ pub unsafe extern "C" fn mxt_decoder_new(
             let out = arguments::place("decoder", decoder)?;
             let options = read_or_default("options", options)?;
             let mxt_decoder_options { sequences, room, .. } = options;
-            let (weights, drafts) = (weights(options.weights)?, flag("drafts", options.drafts)?);
+            let (weights, drafts) =
+                (weights(options.weights)?, arguments::flag("drafts", options.drafts)?);
             let options = DecoderOptions { sequences, room, weights, drafts };
             let made = {
                 let _reading = model.state().access().read()?;

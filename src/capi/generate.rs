@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::handle::Handle;
-use super::model::{flag, mxt_model};
+use super::model::mxt_model;
 use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
@@ -227,7 +227,7 @@ pub(super) unsafe fn options_of(
         weights: weights(options.weights)?,
         draft: draft(options.draft)?,
         draft_tokens: options.draft_tokens as usize,
-        slide: flag("slide", options.slide)?,
+        slide: arguments::flag("slide", options.slide)?,
     };
     Ok((options, how))
 }

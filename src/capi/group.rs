@@ -114,11 +114,18 @@ pub struct mxt_group {
     /// Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot tell a
     /// rank that is gone from one that is slow, and the callbacks show one that is gone earlier. The
     /// call returns MXT_ERROR_PEER then. At least 1. Default 600.
-    pub timeout_seconds: u32,
+    pub timeout_seconds: u64,
     /// One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
     pub transport: i32,
+    /// 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
+    /// to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
+    /// changes no bit. For adamw and muon without ramping, and on GPUs with MXT_TRANSPORT_HOST alone so
+    /// far; mxt_trainer_watch_updates is MXT_ERROR_UNSUPPORTED then. mxt_trainer_snapshot is collective,
+    /// and that of rank 0 has all that there is to save. What a rank kept is lost with it. 0 (default):
+    /// every rank keeps all.
+    pub shard_states: i32,
 }
-versioned!(mxt_group, last = transport: i32);
+versioned!(mxt_group, last = shard_states: i32);
 
 impl Options for mxt_group {
     fn defaults() -> Self {
@@ -131,8 +138,9 @@ impl Options for mxt_group {
             abort: None,
             user_data: std::ptr::null_mut(),
             user_data_free: None,
-            timeout_seconds: Group::TIMEOUT.as_secs() as u32,
+            timeout_seconds: Group::TIMEOUT.as_secs(),
             transport: mxt_transport::Auto as i32,
+            shard_states: 0,
         }
     }
 }
@@ -184,14 +192,16 @@ impl Given {
         if options.timeout_seconds == 0 {
             return Err(Failure::invalid("timeout_seconds", "expected at least 1, got 0"));
         }
-        let timeout = Duration::from_secs(options.timeout_seconds.into());
+        let timeout = Duration::from_secs(options.timeout_seconds);
         let transport = transport(options.transport)?;
+        let shards_states = arguments::flag("shard_states", options.shard_states)?;
         let host = Arc::new(UserData::new(user_data, free));
         // What is no number of ranks is refused before anything is exchanged.
         let ranks = (size as usize).max(1);
         let collectives = Callbacks { host: host.clone(), ranks, all_to_all, all_gather, abort };
         let group = Group::new(rank as usize, size as usize, Box::new(collectives));
         let group = group.with_transport(transport).with_timeout(timeout);
+        let group = group.with_sharded_states(shards_states);
         Ok(Self { group: Some(group), host: Some(host) })
     }
 

@@ -145,22 +145,13 @@ impl mxt_model_config {
             layer_norm_epsilon: self.layer_norm_epsilon,
             mlp_channels: self.mlp_channels,
             activation,
-            tied_head: flag("tied_head", self.tied_head)?,
-            scale_attention: flag("scale_attention", self.scale_attention)?,
-            scale_attention_by_layer: flag(
+            tied_head: arguments::flag("tied_head", self.tied_head)?,
+            scale_attention: arguments::flag("scale_attention", self.scale_attention)?,
+            scale_attention_by_layer: arguments::flag(
                 "scale_attention_by_layer",
                 self.scale_attention_by_layer,
             )?,
         })
-    }
-}
-
-/// A yes or no.
-pub(super) fn flag(name: &'static str, value: i32) -> Result<bool, Failure> {
-    match value {
-        0 => Ok(false),
-        1 => Ok(true),
-        other => Err(Failure::invalid(name, format!("expected 0 or 1, got {other}"))),
     }
 }
 

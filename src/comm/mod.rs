@@ -23,7 +23,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::reserve::{collect, reserve, zeros};
 use crate::{Error, Result};
 pub(crate) use news::{Call, Data};
-pub(crate) use share::Share;
+pub(crate) use share::{Share, owned};
 pub use transport::Transport;
 pub(crate) use tree::{Joins, sum_parts};
 
@@ -63,6 +63,7 @@ pub struct Group {
     collectives: Box<dyn Collectives>,
     transport: Transport,
     timeout: Duration,
+    shards_states: bool,
 }
 
 impl Group {
@@ -72,7 +73,7 @@ impl Group {
     /// Rank `rank`, from 0 on, of `size`.
     pub fn new(rank: usize, size: usize, collectives: Box<dyn Collectives>) -> Self {
         let (transport, timeout) = (Transport::Auto, Self::TIMEOUT);
-        Self { rank, size, collectives, transport, timeout }
+        Self { rank, size, collectives, transport, timeout, shards_states: false }
     }
 
     /// With another way for gradients, the same on all ranks.
@@ -86,6 +87,15 @@ impl Group {
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
+    }
+
+    /// With the optimizer's states of each tensor on one rank alone, which updates it and gives it to all
+    /// others (ZeRO-1), the same on all ranks. It changes no bit. For `adamw` and `muon` without
+    /// `ramping`, and on GPUs with [`Transport::Host`] alone so far; what a rank kept is lost with it. [`crate::Trainer::snapshot`] is collective then, and
+    /// rank 0 has what it copies.
+    #[must_use]
+    pub fn with_sharded_states(self, shards_states: bool) -> Self {
+        Self { shards_states, ..self }
     }
 
     /// Whether there are no others.
@@ -114,6 +124,8 @@ pub(crate) struct Ranks {
     hosts: Vec<String>,
     pub(crate) transport: Transport,
     pub(crate) timeout: Duration,
+    /// Whether each has states of its own parameters alone.
+    pub(crate) shards_states: bool,
     state: Mutex<State>,
 }
 
@@ -141,7 +153,7 @@ impl Ranks {
     /// # Errors
     /// [`Error::InvalidArgument`] for a rank that is none; [`Error::Peer`].
     pub(crate) fn new(group: Group) -> Result<Self> {
-        let Group { rank, size, collectives, transport, timeout } = group;
+        let Group { rank, size, collectives, transport, timeout, shards_states } = group;
         if size == 0 || size > MAX_RANKS || rank >= size {
             let message = format!(
                 "expected a rank below the number of ranks, and 1 to {MAX_RANKS} of these; got rank \
@@ -154,7 +166,7 @@ impl Ranks {
         let counts = zeros("what ranks count", size)?;
         let state = State { collectives, ended: None, news, counts };
         let (hosts, state) = (Vec::new(), Mutex::new(state));
-        let mut ranks = Self { rank, size, hosts, transport, timeout, state };
+        let mut ranks = Self { rank, size, hosts, transport, timeout, shards_states, state };
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         ranks.hosts = ranks.gather(&host)?;
         Ok(ranks)

@@ -45,6 +45,10 @@ pub(crate) enum Call {
     Save { step: u64 },
     /// It is done.
     Saved { step: u64 },
+    /// What ranks keep after so many steps is brought to rank 0.
+    Gather { step: u64 },
+    /// The update of a step is tried.
+    Try { step: u64 },
 }
 
 impl Call {
@@ -65,6 +69,8 @@ impl Call {
             Self::Save { step } => (4, [step, 0, 0, 0]),
             Self::Saved { step } => (5, [step, 0, 0, 0]),
             Self::Link => (6, [0; 4]),
+            Self::Gather { step } => (7, [step, 0, 0, 0]),
+            Self::Try { step } => (8, [step, 0, 0, 0]),
         }
     }
 
@@ -83,6 +89,8 @@ impl Call {
             4 => Self::Save { step },
             5 => Self::Saved { step },
             6 => Self::Link,
+            7 => Self::Gather { step },
+            8 => Self::Try { step },
             _ => return None,
         })
     }
@@ -109,6 +117,8 @@ impl fmt::Display for Call {
                 write!(f, "evaluates {windows} windows of {data} after step {step}{more}")
             }
             Self::Save { step } | Self::Saved { step } => write!(f, "saves step {step}"),
+            Self::Gather { step } => write!(f, "copies step {step}"),
+            Self::Try { step } => write!(f, "tries step {step}"),
         }
     }
 }

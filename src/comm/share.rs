@@ -67,6 +67,29 @@ impl Share {
     }
 }
 
+/// The parameters whose states one of `size` ranks keeps, of these sizes: some in a row, with about as
+/// many elements as others have.
+pub(crate) fn owned(
+    sizes: impl Iterator<Item = usize> + Clone,
+    rank: usize,
+    size: usize,
+) -> Range<usize> {
+    let total: usize = sizes.clone().sum();
+    let mut end = 0;
+    // By where the middle of each lies among all elements.
+    let owners = sizes.map(|size_of_one| {
+        let middle = end + size_of_one / 2;
+        end += size_of_one;
+        (middle as u128 * size as u128 / total.max(1) as u128) as usize
+    });
+    let (mut first, mut count) = (0, 0);
+    for owner in owners {
+        first += usize::from(owner < rank);
+        count += usize::from(owner == rank);
+    }
+    first..first + count
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,6 +109,20 @@ mod tests {
             }
             assert_eq!(all, (0..accumulation).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn every_parameter_has_one_owner() {
+        let sizes = [700, 16, 3, 3, 90, 30, 30, 10, 90, 30, 30, 10, 3, 3, 0, 1];
+        for size in 1..=9 {
+            let ranges: Vec<_> =
+                (0..size).map(|rank| owned(sizes.iter().copied(), rank, size)).collect();
+            assert_eq!(ranges[0].start, 0);
+            assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start), "{ranges:?}");
+            assert_eq!(ranges[size - 1].end, sizes.len());
+        }
+        let even = [10; 12].into_iter();
+        assert!((0..4).all(|rank| owned(even.clone(), rank, 4).len() == 3));
     }
 
     #[test]

@@ -59,9 +59,10 @@ pub(super) fn link(
         if wanted == Transport::Nccl {
             return unsupported(&why);
         }
-        let why = hindrance.filter(|other| *other != why).map_or(why.clone(), |memory| {
-            format!("they do not reach each other's memory ({memory}), and {why}")
-        });
+        let why = hindrance.filter(|other| *other != why).map_or_else(
+            || why.clone(),
+            |memory| format!("they do not reach each other's memory ({memory}), and {why}"),
+        );
         let line = format!("gradients go from GPU to GPU through the host's memory: {why}");
         return Ok(Some((LogLevel::Warning, line)));
     }

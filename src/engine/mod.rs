@@ -119,6 +119,7 @@ impl Engine {
             ("the chip, or MXT_CPU_ISA,", chip),
             ("seed", made.seed().to_string()),
             ("transport", ranks.transport.to_string()),
+            ("sharded states", ranks.shards_states.to_string()),
         ])?;
         let Ok(mut inner) = Arc::try_unwrap(made.0) else { unreachable!("nobody else has it") };
         if let Some((level, line)) = link::link(&mut inner.device, &ranks)? {
@@ -235,6 +236,12 @@ impl Engine {
     /// done any more.
     pub fn has_lost_its_group(&self) -> bool {
         self.ranks().is_some_and(Ranks::has_ended)
+    }
+
+    /// Whether the ranks of its group keep the optimizer's states of some tensors each
+    /// ([`Group::with_sharded_states`]).
+    pub fn shards_states(&self) -> bool {
+        self.ranks().is_some_and(|ranks| ranks.shards_states)
     }
 
     /// Its group, where there are others than this one.

@@ -9,15 +9,17 @@
 //! Devices that reach each other do it bucket by bucket, while the backward pass goes on
 //! (`backend/exchange.rs`). Others do it behind the pass, through the host's memory.
 //!
-//! NOTE: every rank keeps all states of the optimizer, and makes all of the update: that is right
-//! with every optimizer.
+//! Every rank keeps all states of the optimizer and makes all of the update, or those of its own
+//! parameters alone, which it then gives to all others.
 
+use std::ops::Range;
 use std::time::Instant;
 
-use crate::backend::{Backend, Bucket, FlatGradients};
-use crate::comm::{Call, Counts, Joins, Ranks, Share, sum_parts};
+use crate::backend::{Backend, Bucket, FlatGradients, Slot};
+use crate::comm::{Call, Counts, Joins, Ranks, Share, owned, sum_parts};
 use crate::gpt::ParamTable;
-use crate::reserve::{reserve, zeros};
+use crate::optim::{Largest, OptimizerStep};
+use crate::reserve::{collect, reserve, zeros};
 use crate::{Error, Result};
 
 /// Slices are of whole pieces, so that none ends within a vector of any kernel.
@@ -39,9 +41,14 @@ pub(super) struct Exchange<B: Backend> {
     pub(super) seconds: f64,
     /// Of devices that reach each other; others go through the host.
     buckets: Option<B::Buckets>,
+    /// The parameters of each rank, where ranks shard the optimizer's states; else nothing.
+    owned: Vec<Range<usize>>,
     /// On the host: what goes to others and comes back, and what comes from them.
     send: Vec<f32>,
     receive: Vec<f32>,
+    /// The same of a tensor and those of all ranks, where these are given around.
+    mine: Vec<f32>,
+    all: Vec<f32>,
 }
 
 impl<B: Backend> Exchange<B> {
@@ -60,9 +67,19 @@ impl<B: Backend> Exchange<B> {
         };
         let most = Joins::most_kept(share.lanes);
         let kept = (0..most).map(|_| backend.bytes(arena, gradients.len())).collect();
+        if buckets.is_some() && ranks.is_some_and(|ranks| ranks.shards_states) {
+            return Err(Error::Unsupported {
+                what: "sharded states of GPUs that exchange without the host".into(),
+                remedy: "use transport host, or let every rank keep all states".into(),
+            });
+        }
         let elements = gradients.len() / size_of::<f32>();
         let staged = ranks.filter(|_| allocates && buckets.is_none());
         let bucket = staged.map_or(0, |ranks| bucket(elements, ranks.size()));
+        let longest = match staged.filter(|ranks| ranks.shards_states) {
+            Some(_) => table.slots().iter().map(|slot| slot.len).max().unwrap_or(0),
+            None => 0,
+        };
         Ok(Self {
             share,
             kept,
@@ -70,6 +87,9 @@ impl<B: Backend> Exchange<B> {
             in_use: 0,
             seconds: 0.0,
             buckets,
+            owned: all_owned(table, ranks)?,
+            mine: zeros(WHAT, longest)?,
+            all: zeros(WHAT, longest * ranks.map_or(0, Ranks::size))?,
             send: zeros(WHAT, bucket)?,
             receive: zeros(WHAT, bucket)?,
         })
@@ -92,6 +112,40 @@ impl<B: Backend> Exchange<B> {
         let mapped = backend.map(buckets, gradients, &all);
         let agreed = ranks.agree(Call::Link, mapped.as_ref().copied());
         mapped.and(agreed)
+    }
+
+    /// Gives all ranks the weights that this one has updated, where each updates some: the first tensors
+    /// of all ranks, then the second ones.
+    pub(super) fn gather(
+        &mut self,
+        backend: &B,
+        weights: &mut B::Weights,
+        slots: &[Slot],
+        ranks: &Ranks,
+    ) -> Result<()> {
+        let started = Instant::now();
+        let of = |rank: usize, round: usize| slots[self.owned[rank].clone()].get(round);
+        for round in 0.. {
+            let all = 0..ranks.size();
+            let Some(longest) = all.clone().filter_map(|rank| of(rank, round)).map(|s| s.len).max()
+            else {
+                break;
+            };
+            let mine = &mut self.mine[..longest];
+            let gathered = &mut self.all[..longest * ranks.size()];
+            if let Some(slot) = of(ranks.rank(), round) {
+                backend.read_param(weights, *slot, &mut mine[..slot.len])?;
+            }
+            ranks.all_gather(bytemuck::cast_slice(mine), bytemuck::cast_slice_mut(gathered))?;
+            for rank in all.filter(|rank| *rank != ranks.rank()) {
+                if let Some(slot) = of(rank, round) {
+                    let values = &gathered[rank * longest..][..slot.len];
+                    backend.write_param(weights, *slot, values)?;
+                }
+            }
+        }
+        self.seconds += started.elapsed().as_secs_f64();
+        Ok(())
     }
 
     /// Whether a step is the sum of several.
@@ -230,6 +284,14 @@ fn bucket(elements: usize, ranks: usize) -> usize {
     most.div_ceil(ranks).next_multiple_of(PIECE) * ranks
 }
 
+/// The parameters of each rank by their numbers, where they shard the optimizer's states.
+fn all_owned(table: &ParamTable, ranks: Option<&Ranks>) -> Result<Vec<Range<usize>>> {
+    let Some(ranks) = ranks.filter(|ranks| ranks.shards_states) else { return Ok(Vec::new()) };
+    let sizes = table.slots().iter().map(|slot| slot.len);
+    let all = (0..ranks.size()).map(|rank| Ok(owned(sizes.clone(), rank, ranks.size())));
+    collect("what ranks own", all)
+}
+
 /// The gradients in ranges that are made one behind the other, from the last block on.
 fn buckets<B: Backend>(table: &ParamTable, gradients: &FlatGradients<B>) -> Result<Vec<Bucket>> {
     let mut all = Vec::new();
@@ -256,6 +318,27 @@ fn buckets<B: Backend>(table: &ParamTable, gradients: &FlatGradients<B>) -> Resu
         }
     }
     Ok(all)
+}
+
+/// What all ranks have found by trying an update, of whose parameters each has some.
+pub(super) fn largest_of_all(
+    ranks: &Ranks,
+    step: &OptimizerStep,
+    found: Result<Largest>,
+) -> Result<Largest> {
+    let agreed = ranks.agree(Call::Try { step: step.t }, found.as_ref().map(drop));
+    let mut largest = found?;
+    agreed?;
+    let numbers = |of: &Largest| [&[of.weight], &of.states[..]].concat();
+    let mine = numbers(&largest);
+    let mut all = zeros("what ranks find of an update", mine.len() * ranks.size())?;
+    ranks.all_gather(bytemuck::cast_slice(&mine), bytemuck::cast_slice_mut(&mut all))?;
+    for of_rank in all.chunks_exact(mine.len()) {
+        let mut other = Largest { weight: of_rank[0], ..Largest::default() };
+        other.states.copy_from_slice(&of_rank[1..]);
+        largest.include(other);
+    }
+    Ok(largest)
 }
 
 /// Whether an error behind a vote is that of one rank alone, for whom the others would wait.

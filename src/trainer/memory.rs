@@ -3,6 +3,8 @@
 //! `plan` counts one block and two, and every further block as the second, so that it needs no
 //! memory for thousands of them; a test compares it with what a trainer takes, at every option.
 
+use std::ops::Range;
+
 use super::batch::Batch;
 use super::exchange::Exchange;
 use super::follow::Followed;
@@ -11,13 +13,14 @@ use super::ramping::Ramping;
 use crate::backend::{
     Backend, FlatGradients, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device,
 };
-use crate::comm::{Ranks, Share};
+use crate::comm::{Ranks, Share, owned};
 use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::optim::spam::STATISTICS;
+use crate::optim::{Optimizer, OptimizerKind};
 use crate::reserve::collect;
 use crate::run::TrainerOptions;
-use crate::{Engine, Result};
+use crate::{Engine, Error, Result};
 
 /// Bytes that a model and its trainer take, by purpose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +95,8 @@ pub(super) struct Flat<B: Backend> {
     pub(super) states: Vec<B::Bytes>,
     /// Where in each of them.
     pub(super) layouts: Vec<StateLayout>,
+    /// The parameters whose states these are, by their numbers: all, but where ranks shard them.
+    pub(super) owned: Range<usize>,
     /// (parameters, [`STATISTICS`]), of an optimizer that normalizes gradients.
     pub(super) statistics: B::F32,
     pub(super) reduction: B::Reduction,
@@ -135,7 +140,14 @@ impl<B: Backend> Flat<B> {
         let gradients = FlatGradients::new(backend, arena, slots, kept)?;
         plan.gradients = cut.since_last();
         let arena = &mut cut.arena;
-        let layouts = StateLayout::of_all(table.slots(), optimizer, B::ALIGN)?;
+        let owned = match ranks.filter(|ranks| ranks.shards_states) {
+            Some(ranks) => {
+                shards(optimizer)?;
+                owned(slots.iter().map(|slot| slot.len), ranks.rank(), ranks.size())
+            }
+            None => 0..slots.len(),
+        };
+        let layouts = StateLayout::of_all(slots, optimizer, &owned, B::ALIGN)?;
         let states = layouts.iter().map(|layout| Ok(backend.bytes(arena, layout.bytes)));
         let states = collect("the states of the optimizer", states)?;
         let kept = if optimizer.kind.normalizes() { table.slots().len() } else { 0 };
@@ -148,8 +160,34 @@ impl<B: Backend> Flat<B> {
         let of = (&table, &gradients);
         let exchange = Exchange::new(backend, &mut cut.arena, of, share, ranks, allocates)?;
         plan.exchange = cut.since_last();
-        Ok(Self { gradients, states, layouts, statistics, reduction, followed, ramping, exchange })
+        Ok(Self {
+            gradients,
+            states,
+            layouts,
+            owned,
+            statistics,
+            reduction,
+            followed,
+            ramping,
+            exchange,
+        })
     }
+}
+
+/// Whether ranks can shard the states of an optimizer, whose update of a tensor then looks at nothing of
+/// others.
+///
+/// # Errors
+/// [`crate::Error::Unsupported`].
+fn shards(optimizer: &Optimizer) -> Result<()> {
+    let is_known = matches!(optimizer.kind, OptimizerKind::AdamW | OptimizerKind::Muon);
+    if is_known && optimizer.ramping == 0 {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: format!("sharded states of {optimizer}"),
+        remedy: "use adamw or muon without ramping, or a group whose ranks keep all states".into(),
+    })
 }
 
 impl<B: Backend> Buffers<B> {

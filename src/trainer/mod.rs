@@ -25,7 +25,7 @@ use std::time::Instant;
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
+use crate::backend::{Backend, Device, Sequences, StateLayout, StepPlan, Trained, on_device};
 use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
 use crate::comm::{Call, Data, Ranks};
 use crate::data::EvalWindows;
@@ -712,9 +712,15 @@ impl Trainer {
     /// waits for the device; nothing of the run changes, and checkpoints do not have it.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`]; [`Error::Unsupported`] in a group that shards the optimizer's states.
     pub fn watch_updates(&mut self, every: u64) -> Result<()> {
         let Self { run, model, .. } = self;
+        if every > 0 && model.engine().shards_states() {
+            return Err(Error::Unsupported {
+                what: "updates that are watched, where ranks shard the optimizer's states".into(),
+                remedy: "let every rank keep all states".into(),
+            });
+        }
         on_device!(run, run => {
             let of = || Updates::new(&run.model, model, every);
             run.updates = (every > 0).then(of).transpose()?;
@@ -822,8 +828,11 @@ impl<B: Backend> Run<B> {
         let Flat { states: flats, layouts, statistics, followed, .. } = &mut buffers.flat;
         let optimizer = state.options.optimizer;
         let (states, tensors) = (optimizer.states(), model.tensors());
+        // Files have those of all ranks.
+        let slots = on.table.slots();
+        let whole = StateLayout::of_all(slots, &optimizer, &(0..slots.len()), B::ALIGN)?;
         let of_blocks = follow::tensors(followed.matrices(), tensors)?;
-        let owners = layouts.iter().map(|layout| states::Owners::of(tensors, layout));
+        let owners = whole.iter().map(|layout| states::Owners::of(tensors, layout));
         let owners = collect("what is kept of weights", owners)?;
         let kept = states.iter().zip(&owners);
         let kept = kept.map(|(state, of)| Kept { state: *state, tensors: &of.tensors });
@@ -871,6 +880,10 @@ impl<B: Backend> Run<B> {
                 return Err(Error::format(dir, message));
             }
             let index = owners[state].parameters[index];
+            if layouts[state].places[index].len == 0 {
+                // Another rank's.
+                return Ok(());
+            }
             let into = (&mut flats[state], &layouts[state].places[index], &states[state]);
             states::load(&*on.backend, into, &on.table.specs()[index], values, &mut scratch)
         })
@@ -1018,8 +1031,9 @@ impl<B: Backend> Run<B> {
         let Self { model: on, buffers, updates, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, updates) = (&**backend, updates.as_mut().filter(|_| sees));
+        let ranks = model.engine().ranks().filter(|ranks| ranks.shards_states);
         let Buffers { flat, workspace, .. } = buffers;
-        let Flat { gradients, states, layouts, statistics, reduction, .. } = flat;
+        let Flat { gradients, states, layouts, owned, statistics, reduction, exchange, .. } = flat;
         let bounds = Bounds { weight: weights.largest, ..*known };
         // Whatever goes wrong: nothing is known then.
         (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
@@ -1030,37 +1044,58 @@ impl<B: Backend> Run<B> {
             layouts,
             statistics,
             gradients,
+            owned: owned.clone(),
         };
-        let (sums, bounds) = backend.scope(|| {
-            let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
+        let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
+        let mut sums = backend.scope(|| {
             backend.reduce(workspace, reduction, &mut trained, &within);
             if let Some(updates) = updates {
                 updates.look(backend, reduction, &mut trained, step)?;
             }
-            let sums = backend.update(workspace, reduction, &mut trained, &within)?;
-            if sums.gradient_scale(&within).is_some() {
-                return Ok((sums, bounds.after(step, sums.clipped_norm(step))));
-            }
-            if sums.gradient_scale(step).is_none() {
-                return Ok((sums, bounds));
-            }
-            // The bounds cannot vouch for the update, so it is tried first.
-            let (mut found, mut tensors) = (Ok(Largest::default()), model.tensors().iter());
-            backend.try_update(workspace, reduction, &mut trained, step, &sums, &mut |of_one| {
-                let tensor = tensors.next();
-                if let (Ok(largest), Some(tensor)) = (&mut found, tensor) {
-                    match not_finite(&of_one, &tensor.name, (step, !sees), &sums) {
-                        None => largest.include(of_one),
-                        Some(error) => found = Err(error),
-                    }
-                }
-            })?;
-            let found = found?;
-            let StepSums { raised_blocks, .. } = sums;
-            backend.reduce(workspace, reduction, &mut trained, step);
-            let sums = backend.update(workspace, reduction, &mut trained, step)?;
-            Ok((StepSums { raised_blocks, ..sums }, Bounds::found(found, step)))
+            backend.update(workspace, reduction, &mut trained, &within)
         })?;
+        let bounds = if sums.gradient_scale(&within).is_some() {
+            bounds.after(step, sums.clipped_norm(step))
+        } else if sums.gradient_scale(step).is_none() {
+            bounds
+        } else {
+            // The bounds cannot vouch for the update, so it is tried first.
+            let found = backend.scope(|| {
+                let (mut found, mut tensors) = (Ok(Largest::default()), model.tensors().iter());
+                backend.try_update(
+                    workspace,
+                    reduction,
+                    &mut trained,
+                    step,
+                    &sums,
+                    &mut |of_one| {
+                        let tensor = tensors.next();
+                        if let (Ok(largest), Some(tensor)) = (&mut found, tensor) {
+                            match not_finite(&of_one, &tensor.name, (step, !sees), &sums) {
+                                None => largest.include(of_one),
+                                Some(error) => found = Err(error),
+                            }
+                        }
+                    },
+                )?;
+                found
+            });
+            let found = match ranks {
+                Some(ranks) => exchange::largest_of_all(ranks, step, found)?,
+                None => found?,
+            };
+            let StepSums { raised_blocks, .. } = sums;
+            sums = backend.scope(|| {
+                backend.reduce(workspace, reduction, &mut trained, step);
+                backend.update(workspace, reduction, &mut trained, step)
+            })?;
+            sums.raised_blocks = raised_blocks;
+            Bounds::found(found, step)
+        };
+        if let Some(ranks) = ranks.filter(|_| sums.gradient_scale(step).is_some()) {
+            let gathered = exchange.gather(backend, trained.weights, table.slots(), ranks);
+            gathered.inspect_err(|error| ranks.end(&error.to_string()))?;
+        }
         (weights.largest, *known) = (bounds.weight, bounds);
         Ok(sums)
     }

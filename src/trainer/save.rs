@@ -7,11 +7,11 @@ use super::source::Source;
 use super::{Run, Trainer, follow, states};
 use crate::backend::{Backend, HostBuffer, Slot, StateLayout, on_device};
 use crate::checkpoint::{self, TensorRead, TrainerPart};
-use crate::comm::Call;
+use crate::comm::{Call, Ranks, owned};
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::spam::STATISTICS;
-use crate::optim::{Master, State, master};
+use crate::optim::{Master, Optimizer, State, master};
 use crate::reserve::{collect, reuse};
 use crate::room::MemoryRoom;
 use crate::run::TrainerState;
@@ -95,6 +95,8 @@ pub struct Snapshot {
     /// f32, or halves: of all parameters the copies, then what they lack.
     weights: HostBuffer,
     are_halves: bool,
+    /// Rank 0's, where ranks shard the optimizer's states, or that of one that has all.
+    is_whole: bool,
     /// Of all parameters, with what lies between.
     elements: usize,
     states: Vec<HostBuffer>,
@@ -141,8 +143,12 @@ impl Snapshot {
     /// Saves it as [`Trainer::save`] would have, when it was made.
     ///
     /// # Errors
-    /// Those of [`Trainer::save`].
+    /// Those of [`Trainer::save`]; [`Error::InvalidArgument`] for one of a rank that has only a part.
     pub fn save(&self, dir: &Path) -> Result<()> {
+        if !self.is_whole {
+            let message = "expected that of rank 0, which has the states of all ranks";
+            return Err(Error::invalid("snapshot", message));
+        }
         let Self { model, state, layouts, matrices, .. } = self;
         let followed = self.followed.iter().map(|(state, _)| Ok(*state));
         let followed = collect(WHAT, followed)?;
@@ -172,6 +178,7 @@ impl Snapshot {
             state: state.clone(),
             weights: HostBuffer::default(),
             are_halves: false,
+            is_whole: true,
             elements: 0,
             states: Vec::new(),
             layouts: Vec::new(),
@@ -205,7 +212,14 @@ impl Trainer {
         ranks.agree(Call::Save { step }, Ok(()))?;
         let weights = self.model.checksum().inspect_err(|error| ranks.end(&error.to_string()))?;
         ranks.compare(&[("the checksum of the weights", weights)])?;
-        let saved = if ranks.rank() == 0 { self.save_alone(dir) } else { Ok(()) };
+        let saved = match ranks.shards_states {
+            true => self.snapshot(None).and_then(|copy| match ranks.rank() {
+                0 => copy.save(dir),
+                _ => Ok(()),
+            }),
+            false if ranks.rank() == 0 => self.save_alone(dir),
+            false => Ok(()),
+        };
         let agreed = ranks.agree(Call::Saved { step }, saved.as_ref().copied());
         saved.and(agreed)
     }
@@ -229,17 +243,31 @@ impl Trainer {
 
     /// Copies all that [`Trainer::save`] would save to the host, for another thread to save while
     /// training goes on. Not collective: every rank of a group has all of it, also when the group has
-    /// ended. Takes over the memory of an earlier snapshot, of this trainer or another, as
+    /// ended. But where ranks shard the optimizer's states it is, and only that of rank 0 can be saved.
+    /// Takes over the memory of an earlier snapshot, of this trainer or another, as
     /// long as that is: memory that is new is slower. After an error that is gone.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], also where the host has less memory free;
-    /// [`Error::Device`].
+    /// [`Error::OutOfMemory`], also where the host has less memory free; [`Error::Device`];
+    /// [`Error::Peer`].
     pub fn snapshot(&mut self, earlier: Option<Snapshot>) -> Result<Snapshot> {
         let (model, state) = (&self.model, &self.state);
         let mut copy = earlier.unwrap_or_else(|| Snapshot::empty(model, state));
-        (copy.model, copy.state) = (model.clone(), state.clone());
-        on_device!(&self.run, run => run.copy_to(state, &mut copy)?);
+        (copy.model, copy.state, copy.is_whole) = (model.clone(), state.clone(), true);
+        let Some(ranks) = model.engine().ranks().filter(|ranks| ranks.shards_states) else {
+            on_device!(&self.run, run => run.copy_to(state, &mut copy)?);
+            return Ok(copy);
+        };
+        let _group = ranks.until_panic();
+        copy.is_whole = ranks.rank() == 0;
+        on_device!(&self.run, run => {
+            let copied = if copy.is_whole { run.copy_to(state, &mut copy) } else { Ok(()) };
+            let call = Call::Gather { step: state.step };
+            let agreed = ranks.agree(call, copied.as_ref().copied());
+            copied.and(agreed)?;
+            let gathered = run.gather_states(&state.options.optimizer, &mut copy, ranks);
+            gathered.inspect_err(|error| ranks.end(&error.to_string()))?;
+        });
         Ok(copy)
     }
 }
@@ -261,7 +289,8 @@ impl<B: Backend> Run<B> {
         let (table, flat) = (&self.model.table, &self.buffers.flat);
         let (weights, optimizer) = (self.model.read()?, &state.options.optimizer);
         let (live, followed) = self.live(&weights, flat.followed.kept(state))?;
-        copy.layouts = StateLayout::of_all(table.slots(), optimizer, B::ALIGN)?;
+        let slots = table.slots();
+        copy.layouts = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
         copy.matrices = collect(WHAT, flat.followed.matrices().iter().map(|of| Ok(*of)))?;
         let normalizes = optimizer.kind.normalizes();
         let statistics = if normalizes { table.slots().len() * STATISTICS } else { 0 };
@@ -297,7 +326,17 @@ impl<B: Backend> Run<B> {
         }
         copy.states.resize_with(copy.layouts.len(), HostBuffer::default);
         for (number, (layout, to)) in copy.layouts.iter().zip(&mut copy.states).enumerate() {
-            live.state(number, 0, to.room(backend, WHAT, layout.bytes)?)?;
+            let (to, own) = (to.room(backend, WHAT, layout.bytes)?, &flat.layouts[number]);
+            if flat.owned.len() == slots.len() {
+                live.state(number, 0, to)?;
+                continue;
+            }
+            for index in flat.owned.clone() {
+                let (own, place) = (&own.places[index], &layout.places[index]);
+                live.state(number, own.start, &mut to[place.start..][..own.bytes()])?;
+                let scales = 4 * own.groups();
+                live.state(number, own.scales, &mut to[place.scales..][..scales])?;
+            }
         }
         live.statistics(0, reuse(&mut copy.statistics, WHAT, statistics)?)?;
         copy.followed.truncate(followed.len());
@@ -305,6 +344,53 @@ impl<B: Backend> Run<B> {
         for (number, (of, to)) in copy.followed.iter_mut().enumerate() {
             *of = followed[number];
             live.followed(number, 0, reuse(to, WHAT, of_blocks)?)?;
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend> Run<B> {
+    /// Brings what other ranks keep to rank 0's copy: the first tensors of all of them, then the second
+    /// ones.
+    fn gather_states(
+        &self,
+        optimizer: &Optimizer,
+        copy: &mut Snapshot,
+        ranks: &Ranks,
+    ) -> Result<()> {
+        let (backend, flat) = (&*self.model.backend, &self.buffers.flat);
+        let slots = self.model.table.slots();
+        let whole = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
+        let owned = |rank| owned(slots.iter().map(|slot| slot.len), rank, ranks.size());
+        let (mut mine, mut all) = (Vec::new(), Vec::new());
+        for (number, layout) in whole.iter().enumerate() {
+            let rounds = (0..ranks.size()).map(|rank| owned(rank).len()).max().unwrap_or(0);
+            for round in 0..rounds {
+                let of = |rank: usize| owned(rank).nth(round);
+                let bytes = |index: usize| {
+                    let place = &layout.places[index];
+                    [place.bytes(), 4 * place.groups()]
+                };
+                let lens = (0..ranks.size()).filter_map(of).map(|index| bytes(index).iter().sum());
+                let longest: usize = lens.max().unwrap_or(0);
+                let mine = reuse(&mut mine, WHAT, longest)?;
+                let all = reuse(&mut all, WHAT, longest * ranks.size())?;
+                if let Some(index) = of(ranks.rank()) {
+                    let place = &flat.layouts[number].places[index];
+                    let [numbers, scales] = bytes(index);
+                    let state = &flat.states[number];
+                    backend.read_bytes(state, place.start, &mut mine[..numbers])?;
+                    backend.read_bytes(state, place.scales, &mut mine[numbers..][..scales])?;
+                }
+                ranks.all_gather(mine, all)?;
+                for (rank, from) in all.chunks_exact(longest.max(1)).enumerate().skip(1) {
+                    let (Some(index), true) = (of(rank), copy.is_whole) else { continue };
+                    let (place, [numbers, scales]) = (&layout.places[index], bytes(index));
+                    let to = copy.states[number].room(backend, WHAT, layout.bytes)?;
+                    to[place.start..][..numbers].copy_from_slice(&from[..numbers]);
+                    to[place.scales..][..scales].copy_from_slice(&from[numbers..][..scales]);
+                }
+            }
         }
         Ok(())
     }

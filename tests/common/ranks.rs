@@ -108,6 +108,15 @@ pub(crate) fn options(rank: usize, size: usize, ranks: Threads) -> EngineOptions
     EngineOptions { threads: 1, group, ..EngineOptions::default() }
 }
 
+/// The same, of which each keeps the optimizer's states of some tensors alone.
+pub(crate) fn on_sharded_engines<R: Send>(size: usize, of: impl Fn(&Engine) -> R + Sync) -> Vec<R> {
+    on_ranks(size, |rank, ranks| {
+        let options = options(rank, size, ranks);
+        let group = options.group.map(|group| group.with_sharded_states(true));
+        of(&Engine::new(EngineOptions { group, ..options }).unwrap())
+    })
+}
+
 /// What `of` makes of engines that are one group.
 pub(crate) fn on_engines<R: Send>(size: usize, of: impl Fn(&Engine) -> R + Sync) -> Vec<R> {
     on_ranks(size, |rank, ranks| of(&Engine::new(options(rank, size, ranks)).unwrap()))

@@ -346,8 +346,8 @@ its own. Where it cannot be, mxt_engine_new returns MXT_ERROR_UNSUPPORTED and sa
 const MXT_TRANSPORT_NCCL = Int32(2)
 
 """
-By copies from GPU to GPU, which take none of their multiprocessors: between GPUs of one host that
-reach each other's memory (over NVLink or PCIe), each of one rank. Likewise.
+In each other's memory: of at most 8 GPUs of one host that reach it (over NVLink or PCIe), each of
+one rank. Likewise.
 """
 const MXT_TRANSPORT_PEER = Int32(3)
 
@@ -535,9 +535,16 @@ struct mxt_group
     # Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot tell a
     # rank that is gone from one that is slow, and the callbacks show one that is gone earlier. The
     # call returns MXT_ERROR_PEER then. At least 1. Default 600.
-    timeout_seconds::UInt32
+    timeout_seconds::UInt64
     # One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
     transport::Int32
+    # 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
+    # to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
+    # changes no bit. For adamw and muon without ramping, and on GPUs with MXT_TRANSPORT_HOST alone so
+    # far; mxt_trainer_watch_updates is MXT_ERROR_UNSUPPORTED then. mxt_trainer_snapshot is collective,
+    # and that of rank 0 has all that there is to save. What a rank kept is lost with it. 0 (default):
+    # every rank keeps all.
+    shard_states::Int32
 end
 
 """

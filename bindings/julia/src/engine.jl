@@ -2,7 +2,7 @@
 
 """
     Group(rank, size; all_to_all, all_gather, abort = nothing, transport = :auto,
-        timeout_seconds = 600)
+        timeout_seconds = 600, shard_states = false)
 
 Rank `rank`, from 0 on, of `size` ranks that train one model together, for [`Engine`](@ref): processes
 on one machine or many, each with an engine of its own. Every rank computes its part of each step and
@@ -53,6 +53,10 @@ where all ranks have it, else by the functions (`transport = :auto`). `:peer`, `
 one of these ways, and are an error where it cannot be. A rank is waited for `timeout_seconds`
 between GPUs.
 
+With `shard_states` the optimizer's states of each tensor are kept by one rank alone, which updates it
+and gives it to all others: no bit changes, and each rank takes a part of the memory of states. It is
+for `adamw` and `muon`, and on GPUs with `transport = :host` alone so far. A snapshot is made by all ranks then, and rank 0 saves it.
+
 A function may wait for other tasks, so ranks can also be tasks of one process.
 """
 struct Group
@@ -62,7 +66,8 @@ struct Group
     all_gather::Any
     abort::Any
     transport::Int32
-    timeout_seconds::UInt32
+    timeout_seconds::UInt64
+    shard_states::Int32
 
     function Group(
         rank,
@@ -72,6 +77,7 @@ struct Group
         abort = nothing,
         transport = :auto,
         timeout_seconds = 600,
+        shard_states::Bool = false,
     )
         which, count = c_number(UInt32, "rank", rank), c_number(UInt32, "size", size)
         ways = (
@@ -87,8 +93,8 @@ struct Group
                 ),
             )
         way = Int32(ways[transport])
-        seconds = c_number(UInt32, "timeout_seconds", timeout_seconds)
-        return new(which, count, all_to_all, all_gather, abort, way, seconds)
+        seconds = c_number(UInt64, "timeout_seconds", timeout_seconds)
+        return new(which, count, all_to_all, all_gather, abort, way, seconds, shard_states)
     end
 end
 
@@ -106,6 +112,7 @@ function c_group(slot::Slot)
         size = group.size,
         transport = group.transport,
         timeout_seconds = group.timeout_seconds,
+        shard_states = group.shard_states,
     )
     return filled(Lib.mxt_group, Lib.mxt_group_init, ranks, managed)
 end

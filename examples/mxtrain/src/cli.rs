@@ -9,8 +9,8 @@ use bytesize::ByteSize;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
-    Activation, DatasetOptions, DecoderWeights, Draft, Optimizer, Recipe, Recompute, ScheduleKind,
-    StoredWeights, TokenDrop, Transport,
+    Activation, DatasetOptions, DecoderWeights, Draft, Group, Optimizer, Recipe, Recompute,
+    ScheduleKind, StoredWeights, TokenDrop, Transport,
 };
 
 use crate::compare::CompareArgs;
@@ -209,6 +209,12 @@ pub(crate) struct RanksArgs {
     #[arg(long, value_name = "HOW", default_value_t = Transport::default())]
     pub(crate) transport: Transport,
 
+    /// Keep the optimizer's states of each tensor on one rank alone, which updates it and gives it to all:
+    /// the same bits, in a part of the memory. For adamw and muon, and on GPUs with --transport host alone
+    /// so far; a run that loses a process can then only go on from its last checkpoint
+    #[arg(long)]
+    pub(crate) shard_states: bool,
+
     /// Where rank 0 of --group env listens, on a free port of a network that is trusted; the same on all
     /// ranks
     #[arg(long, value_name = "HOST:PORT", requires = "group", value_parser = rendezvous)]
@@ -216,6 +222,11 @@ pub(crate) struct RanksArgs {
 }
 
 impl RanksArgs {
+    /// A group as these want it.
+    pub(crate) fn with(&self, group: Group) -> Group {
+        group.with_transport(self.transport).with_sharded_states(self.shard_states)
+    }
+
     /// How many this process is to start, itself included.
     pub(crate) fn size(&self) -> usize {
         self.gpus.or(self.ranks).unwrap_or(1)

@@ -51,6 +51,20 @@ fn any_number_of_processes_makes_the_same_run() {
             assert!(of(1) == of(ranks), "{file} of {ranks}");
         }
     }
+    for (ranks, how) in [(2, ""), (4, "--save-every 2 --save-in-background")] {
+        let line = format!(
+            "train {MODEL} --steps 6 --eval-every 2 --lanes 4 --ranks {ranks} --out sharded --log \
+             sharded.jsonl --sharpness 1e-3 --shard-states {how}"
+        );
+        succeed(dir, &line);
+        assert_eq!(steps(&dir.join("1.jsonl")), steps(&dir.join("sharded.jsonl")));
+        for file in ["model.safetensors", "trainer.safetensors", "trainer.json"] {
+            let of = |name: &str| fs::read(dir.join(name).join(file)).unwrap();
+            assert!(of("1") == of("sharded"), "{file} of {ranks}");
+        }
+        fs::remove_dir_all(dir.join("sharded")).unwrap();
+        fs::remove_file(dir.join("sharded.jsonl")).unwrap();
+    }
     succeed(dir, &format!("train {MODEL} --steps 3 --lanes 4 --out moved --lr 1e-3"));
     succeed(dir, &format!("train {MODEL} --steps 6 --schedule constant --lanes 4 --out straight"));
     succeed(dir, &format!("train {MODEL} --steps 3 --schedule constant --ranks 4 --out moved2"));
@@ -83,6 +97,9 @@ fn what_cannot_be_is_refused_before_any_process_starts() {
         ("--ranks 2 --accumulation 3", "--accumulation: expected a multiple of 2, the lanes"),
         ("--ranks 2 --lanes 3 --accumulation 3", "ranks may be 1, 3"),
         ("--ranks 2 --heads 3", "3 heads do not divide"),
+        ("--ranks 2 --transport nccl", "transport nccl"),
+        ("--ranks 2 --transport rdma", "expected auto, host, nccl or peer"),
+        ("--ranks 2 --shard-states --optimizer stable-adamw", "use adamw or muon"),
     ] {
         let message = refuse(dir.path(), &format!("train {MODEL} --out x {line}"));
         assert!(message.contains(expected), "{line}: {message}");

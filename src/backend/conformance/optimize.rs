@@ -75,7 +75,9 @@ impl<B: Harness> Update<B> {
         let all = |which: usize| values.iter().map(|of_one| &of_one[which][..]).collect::<Vec<_>>();
         let mut params = Params::kept_as(b, &all(0), optimizer.master);
         params.slots[0].rows = rows.unwrap_or(params.slots[0].rows);
-        let layouts = StateLayout::of_all(&params.slots, &optimizer, B::ALIGN).unwrap();
+        let layouts =
+            StateLayout::of_all(&params.slots, &optimizer, &(0..params.slots.len()), B::ALIGN)
+                .unwrap();
         Self {
             states: (layouts.iter().enumerate())
                 .map(|(number, StateLayout { places, bytes })| {
@@ -110,6 +112,7 @@ impl<B: Harness> Update<B> {
     /// What a step works on, with what is kept besides.
     fn trained(&mut self) -> (Trained<'_, B>, &mut B::Reduction, &mut B::Workspace) {
         let trained = Trained {
+            owned: 0..self.params.slots.len(),
             slots: &self.params.slots,
             weights: &mut self.params.weights,
             states: &mut self.states,
@@ -503,8 +506,9 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
         let of_optimizer = Optimizer { moments, beta2, master, ..Optimizer::default() };
         let optimizer = Optimizer { gradients: kept, ..of_optimizer };
         let steps = (3..53).map(|t| OptimizerStep { t, ..step(optimizer) });
-        let [of_m, of_v] =
-            [0, 1].map(|state| StateLayout::new(&slots, &optimizer, state, B::ALIGN).unwrap());
+        let [of_m, of_v] = [0, 1].map(|state| {
+            StateLayout::new(&slots, &optimizer, state, &(0..slots.len()), B::ALIGN).unwrap()
+        });
         let gradients = |t: u64, i: usize| {
             let mut g = gradients(t, i);
             if B::HAS_COPIES && kept.are_in_bf16(slots[i].kind) {

@@ -153,6 +153,9 @@ impl Optimize for Cpu {
         let Reduction { ones, muon, .. } = reduction;
         self.install(|| {
             for (index, one) in ones.iter().enumerate() {
+                if !trained.owned.contains(&index) {
+                    continue;
+                }
                 if step.optimizer.orthogonalizes(trained.slots[index].kind) {
                     let cpu = self;
                     muon::Update { cpu, step, gradient_scale, index }.run(muon, trained);
@@ -197,6 +200,10 @@ impl Optimize for Cpu {
         let Reduction { ones, muon, .. } = reduction;
         self.install(|| {
             for (index, one) in ones.iter().enumerate() {
+                if !trained.owned.contains(&index) {
+                    largest(Largest::default());
+                    continue;
+                }
                 if step.optimizer.orthogonalizes(trained.slots[index].kind) {
                     let update = muon::Update { cpu: self, step, gradient_scale, index };
                     largest(update.attempt(muon, trained));

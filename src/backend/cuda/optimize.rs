@@ -4,6 +4,8 @@
 //! The update looks at loss and norm on the device, so that the host waits only once a step, for
 //! both numbers together.
 
+use std::ops::Range;
+
 use super::device::launch;
 use super::device::memory::{Arena, F32, Masters, Param, Piece, Upload};
 use super::step::{Entry, OfMoments, PIECE, Step, THREADS};
@@ -109,8 +111,8 @@ impl Reduction {
                 low,
                 copy: of_one.copy.address,
                 m: m.address + place.start as u64,
-                // Nothing where there is no such moment, by which kernels pass over a matrix that
-                // others update.
+                // Nothing where there is no such moment, by which kernels pass over a matrix that is
+                // updated otherwise, and over what other ranks update.
                 v: if second.len > 0 { v.address + second.start as u64 } else { 0 },
                 m_scales: m.address + place.scales as u64,
                 v_scales: v.address + second.scales as u64,
@@ -140,7 +142,7 @@ impl Reduction {
         &mut self,
         cuda: &Cuda,
         workspace: &Workspace,
-        slots: &[Slot],
+        (slots, owned): (&[Slot], &Range<usize>),
         trial: u64,
         step: &OptimizerStep,
     ) {
@@ -149,7 +151,8 @@ impl Reduction {
         let scales = self.scales.as_ref().map_or(0, |scales| scales.address);
         let Some(muon) = &mut self.muon else { return };
         let place = muon::Place { table, sums, trial, largest, scales };
-        for slot in slots.iter().filter(|slot| step.optimizer.orthogonalizes(slot.kind)) {
+        let matrices = slots[owned.clone()].iter();
+        for slot in matrices.filter(|slot| step.optimizer.orthogonalizes(slot.kind)) {
             muon.update(cuda, workspace, *slot, place, step);
         }
     }
@@ -356,7 +359,8 @@ impl Optimize for Cuda {
         step: &OptimizerStep,
     ) -> Result<StepSums> {
         reduction.update_table(trained);
-        reduction.launch_update(self, workspace, trained.slots, 0, step);
+        let of = (trained.slots, &trained.owned);
+        reduction.launch_update(self, workspace, of, 0, step);
         if let Some(Normals { normals, .. }) = &reduction.normals {
             let (kept, parameters) = (trained.statistics.address(), trained.slots.len());
             launch!(self.gpu, "keep_statistics", [parameters.div_ceil(THREADS), 1, 1], THREADS, 0;
@@ -380,7 +384,8 @@ impl Optimize for Cuda {
         reduction.update_table(trained);
         let (trial, entries) = (reduction.trial.address, reduction.entries.len());
         self.clear(trial, 3 * 4 * entries);
-        reduction.launch_update(self, workspace, trained.slots, trial, step);
+        let of = (trained.slots, &trained.owned);
+        reduction.launch_update(self, workspace, of, trial, step);
         let found = &mut reduction.found[..3 * entries];
         self.read(trial, found)?;
         for bits in found.as_chunks::<3>().0 {

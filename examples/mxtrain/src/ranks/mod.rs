@@ -24,7 +24,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use mxfp4train::{Dataset, Error, EvalStats, Group, StepStats, Trainer};
+use mxfp4train::{Dataset, Error, EvalStats, Group, Snapshot, StepStats, Trainer};
 
 use crate::console;
 use crate::failure::{Failure, Outcome};
@@ -56,10 +56,12 @@ enum Call {
     Step,
     Eval,
     Save,
+    Snapshot,
 }
 
 impl Call {
-    const ALL: [(Self, u8); 3] = [(Self::Step, b's'), (Self::Eval, b'e'), (Self::Save, b'w')];
+    const ALL: [(Self, u8); 4] =
+        [(Self::Step, b's'), (Self::Eval, b'e'), (Self::Save, b'w'), (Self::Snapshot, b'p')];
 
     fn byte(self) -> u8 {
         Self::ALL.iter().find(|(call, _)| *call == self).expect("all are listed").1
@@ -344,6 +346,7 @@ impl Follower {
                 (Some(Call::Eval), Some(val)) => drop(trainer.eval(val, batches)),
                 // Rank 0 writes.
                 (Some(Call::Save), _) => drop(trainer.save(Path::new(""))),
+                (Some(Call::Snapshot), _) => drop(trainer.snapshot(None)),
                 _ => return,
             }
         }
@@ -535,13 +538,28 @@ impl Team {
         self.trainer.eval(data, batches)
     }
 
-    /// Rank 0 has all that there is to save, so that it can do without others that are gone.
+    /// Where ranks keep all states, rank 0 has all that there is to save, so that it can do without others
+    /// that are gone.
     pub(crate) fn save(&mut self, dir: &Path) -> Result<(), Error> {
         self.say(Call::Save);
         match self.trainer.save(dir) {
-            Err(Error::Peer { .. }) => self.trainer.snapshot(None)?.save(dir),
+            Err(Error::Peer { .. }) if !self.shards_states() => {
+                self.trainer.snapshot(None)?.save(dir)
+            }
             saved => saved,
         }
+    }
+
+    /// All make it where each has a part.
+    pub(crate) fn snapshot(&mut self, earlier: Option<Snapshot>) -> Result<Snapshot, Error> {
+        if self.shards_states() {
+            self.say(Call::Snapshot);
+        }
+        self.trainer.snapshot(earlier)
+    }
+
+    fn shards_states(&self) -> bool {
+        self.trainer.model().engine().shards_states()
     }
 
     /// Says why followers have ended.

@@ -106,7 +106,7 @@ fn follow_with(
     (group, device): (Group, String),
     follower: &mut Follower,
 ) -> Outcome {
-    let group = Some(group.with_transport(args.ranks.transport));
+    let group = Some(args.ranks.with(group));
     let (threads, seed) = (args.machine.threads, follower.seed());
     // Without a log: rank 0 says what there is to say.
     let engine =
@@ -212,8 +212,7 @@ impl Run {
         };
         let mut group = None;
         if let Some((of_all, others)) = met {
-            let of_all = of_all.with_transport(args.ranks.transport);
-            (group, *leader) = (Some(of_all), Some(others));
+            (group, *leader) = (Some(args.ranks.with(of_all)), Some(others));
         }
         let local = launched.map_or(0, |(_, by)| by.local);
         let (device, threads) = (device_of(args, local), args.machine.threads);

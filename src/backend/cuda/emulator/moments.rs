@@ -51,7 +51,7 @@ fn moments_are_stored_to_the_byte() {
         let update: UpdateKernel = emulator.kernel(update_kernel(moments, master));
         let optimizer = Optimizer::new(OptimizerKind::StableAdamW);
         let step = step(Optimizer { moments, beta2, master, gradients, ..optimizer });
-        let layouts = StateLayout::of_all(&slots, &step.optimizer, 128).unwrap();
+        let layouts = StateLayout::of_all(&slots, &step.optimizer, &(0..slots.len()), 128).unwrap();
         // With the second, what is loaded as 0 behind the end would become NaN.
         let rates = [[0.01, 0.02], [0.03, f32::INFINITY], [0.05, 0.06]];
         let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {

@@ -72,7 +72,7 @@ fn matrices_are_updated_as_defined() {
         let optimizer = Optimizer { muon, moments, master, gradients, ..usual };
         let narrow = kinds.map(|kind| gradients.are_in_bf16(kind));
         let step = step(optimizer);
-        let layouts = StateLayout::of_all(&slots, &optimizer, 128).unwrap();
+        let layouts = StateLayout::of_all(&slots, &optimizer, &(0..slots.len()), 128).unwrap();
         let place = layouts[0].places[1];
         let [p, m, _, g] = &values[1];
         let half = |g: &f32| if narrow[1] { half::bf16::from_f32(*g).to_f32() } else { *g };
@@ -232,7 +232,7 @@ fn matrices_without_a_second_moment_are_passed_over() {
         [0, 1, 2, 3].map(|k| positive(random(LENGTHS[i], 10 * i as u64 + k)))
     });
     let step = step(Optimizer::new(OptimizerKind::Muon));
-    let layout = StateLayout::new(&slots, &step.optimizer, 0, 128).unwrap();
+    let layout = StateLayout::new(&slots, &step.optimizer, 0, &(0..slots.len()), 128).unwrap();
     for stored in [false, true] {
         let mut one = Memory::of([&layout; 2], &values, Master::F32, [false; 3]);
         let mut table = one.table();

@@ -28,7 +28,7 @@ fn updates_are_watched() {
     for (moments, beta2, master, gradients) in FORMS {
         let optimizer = Optimizer::new(OptimizerKind::AdamW);
         let step = step(Optimizer { moments, beta2, master, gradients, ..optimizer });
-        let layouts = StateLayout::of_all(&slots, &step.optimizer, 128).unwrap();
+        let layouts = StateLayout::of_all(&slots, &step.optimizer, &(0..slots.len()), 128).unwrap();
         let narrow = kinds.map(|kind| gradients.are_in_bf16(kind));
         let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {
             let mut all = [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k));
