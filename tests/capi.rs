@@ -189,6 +189,27 @@ fn the_example_trains_and_resumes() {
     }
 }
 
+/// Ranks that are threads of one process print what one thread does.
+#[test]
+fn the_example_of_ranks_on_threads() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let source = root().join("examples/c/train_threads.c");
+    let program = compile(&source, Link::Shared, &["-pthread"], dir.path());
+    let of = |ranks: &str| finish(Command::new(&program).arg(ranks).current_dir(dir.path()));
+    let text = |ranks| {
+        let output = of(ranks);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let alone = text("1");
+    assert_eq!(alone.lines().count(), 20, "{alone}");
+    assert!(text("2") == alone && text("4") == alone);
+    let refused = of("3");
+    let error = String::from_utf8_lossy(&refused.stderr);
+    assert!(error.contains("ranks may be 1, 2, 4"), "{error}");
+    assert_eq!(of("5").status.code(), Some(2));
+}
+
 #[test]
 fn only_mxt_symbols_are_exported() {
     let text = succeed(Command::new("nm").args(["-D", "--defined-only"]).arg(library("so")));
