@@ -232,7 +232,12 @@ impl Ranks {
     /// [`Error::Peer`].
     pub(crate) fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
         debug_assert!(send.len() == receive.len() && send.len().is_multiple_of(self.size));
-        self.with(|collectives, _, _| collectives.all_to_all(send, receive))
+        let block = send.len() / self.size;
+        self.with(|collectives, _, _| {
+            collectives.all_to_all(send, receive)?;
+            let own = self.rank * block..(self.rank + 1) * block;
+            if send[own.clone()] == receive[own] { Ok(()) } else { Err(mixed_up("all_to_all")) }
+        })
     }
 
     /// `mine` of all ranks, in their order.
@@ -241,7 +246,33 @@ impl Ranks {
     /// [`Error::Peer`].
     pub(crate) fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<()> {
         debug_assert_eq!(mine.len() * self.size, all.len());
-        self.with(|collectives, _, _| collectives.all_gather(mine, all))
+        self.with(|collectives, _, _| {
+            collectives.all_gather(mine, all)?;
+            let own = &all[self.rank * mine.len()..][..mine.len()];
+            if own == mine { Ok(()) } else { Err(mixed_up("all_gather")) }
+        })
+    }
+
+    /// `mine` of all ranks, as long on all of them, in as many calls as `room` asks for: `take` gets parts
+    /// of what each has, with their places in it.
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub(crate) fn all_gather_in_parts(
+        &self,
+        mine: &[u8],
+        room: &mut [u8],
+        take: &mut dyn FnMut(usize, usize, &[u8]),
+    ) -> Result<()> {
+        let most = room.len() / self.size;
+        for (number, part) in mine.chunks(most).enumerate() {
+            let room = &mut room[..part.len() * self.size];
+            self.all_gather(part, room)?;
+            for (rank, from) in room.chunks_exact(part.len()).enumerate() {
+                take(rank, number * most, from);
+            }
+        }
+        Ok(())
     }
 
     /// A text of each rank, in their order.
@@ -317,7 +348,7 @@ impl Ranks {
             // What this rank alone may see ends the group: others would wait for it.
             let own = bytemuck::bytes_of(&news[self.rank]);
             if own != bytemuck::bytes_of(&sent) || !news.iter().all(News::is_news) {
-                return Err(mixed_up());
+                return Err(mixed_up("all_gather"));
             }
             Ok(news::judge(call, news, &self.hosts))
         });
@@ -332,7 +363,7 @@ impl Ranks {
         self.with(|collectives, _, counts| {
             collectives.all_gather(bytemuck::bytes_of(&mine), bytemuck::cast_slice_mut(counts))?;
             if bytemuck::bytes_of(&counts[self.rank]) != bytemuck::bytes_of(&mine) {
-                return Err(mixed_up());
+                return Err(mixed_up("all_gather"));
             }
             let losses = tree::sum_of(0, counts.len(), &|rank| counts[rank].losses);
             Ok(Counts { losses, raised_blocks: counts.iter().map(|of| of.raised_blocks).sum() })
@@ -358,11 +389,12 @@ impl State {
     }
 }
 
-fn mixed_up() -> io::Error {
-    io::Error::other(
-        "all_gather brought what no rank has sent: does a callback mix up ranks, or the order of \
-         calls, or is a library of another version?",
-    )
+/// What this rank alone may see, so that it ends the group.
+fn mixed_up(which: &str) -> io::Error {
+    io::Error::other(format!(
+        "{which} brought what no rank has sent: does a callback mix up ranks, or the order of calls, or \
+         is a library of another version?"
+    ))
 }
 
 fn peer(message: String) -> Error {
@@ -376,6 +408,40 @@ impl Drop for UntilPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.end("a call panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All ranks say the same as this one.
+    struct Echo;
+
+    impl Collectives for Echo {
+        fn all_to_all(&mut self, send: &[u8], receive: &mut [u8]) -> io::Result<()> {
+            receive.copy_from_slice(send);
+            Ok(())
+        }
+
+        fn all_gather(&mut self, mine: &[u8], all: &mut [u8]) -> io::Result<()> {
+            all.chunks_exact_mut(mine.len().max(1)).for_each(|one| one.copy_from_slice(mine));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_is_gathered_in_parts_is_whole() {
+        let ranks = Ranks::new(Group::new(1, 3, Box::new(Echo))).unwrap();
+        for (len, room) in [(0, 6), (1, 3), (10, 6), (10, 30), (11, 13), (64, 9), (7, 100)] {
+            let mine: Vec<u8> = (0..len).collect();
+            let mut all = vec![vec![255; len as usize]; 3];
+            let mut take = |rank: usize, at: usize, part: &[u8]| {
+                all[rank][at..][..part.len()].copy_from_slice(part);
+            };
+            ranks.all_gather_in_parts(&mine, &mut vec![0; room], &mut take).unwrap();
+            assert!(all.iter().all(|one| *one == mine), "{len} by {room}");
         }
     }
 }

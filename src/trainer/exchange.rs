@@ -46,7 +46,7 @@ pub(super) struct Exchange<B: Backend> {
     /// On the host: what goes to others and comes back, and what comes from them.
     send: Vec<f32>,
     receive: Vec<f32>,
-    /// The same of a tensor and those of all ranks, where these are given around.
+    /// The same of a tensor, and those of all ranks, where these are given around.
     mine: Vec<f32>,
     all: Vec<f32>,
 }
@@ -136,7 +136,12 @@ impl<B: Backend> Exchange<B> {
             if let Some(slot) = of(ranks.rank(), round) {
                 backend.read_param(weights, *slot, &mut mine[..slot.len])?;
             }
-            ranks.all_gather(bytemuck::cast_slice(mine), bytemuck::cast_slice_mut(gathered))?;
+            let to: &mut [u8] = bytemuck::cast_slice_mut(gathered);
+            let room = bytemuck::cast_slice_mut(&mut self.receive);
+            let mut take = |rank: usize, at: usize, part: &[u8]| {
+                to[4 * rank * longest + at..][..part.len()].copy_from_slice(part);
+            };
+            ranks.all_gather_in_parts(bytemuck::cast_slice(mine), room, &mut take)?;
             for rank in all.filter(|rank| *rank != ranks.rank()) {
                 if let Some(slot) = of(rank, round) {
                     let values = &gathered[rank * longest..][..slot.len];

@@ -12,7 +12,7 @@ use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::spam::STATISTICS;
 use crate::optim::{Master, Optimizer, State, master};
-use crate::reserve::{collect, reuse};
+use crate::reserve::{collect, reuse, zeros};
 use crate::room::MemoryRoom;
 use crate::run::TrainerState;
 use crate::signals::file_limit_is_an_error;
@@ -138,6 +138,9 @@ impl Source for Snapshot {
 }
 
 const WHAT: &str = "a snapshot";
+
+/// Bytes that ranks exchange at once.
+const PART: usize = 1 << 24;
 
 impl Snapshot {
     /// Saves it as [`Trainer::save`] would have, when it was made.
@@ -361,8 +364,9 @@ impl<B: Backend> Run<B> {
         let (backend, flat) = (&*self.model.backend, &self.buffers.flat);
         let slots = self.model.table.slots();
         let whole = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
+        let is_whole = copy.is_whole;
         let owned = |rank| owned(slots.iter().map(|slot| slot.len), rank, ranks.size());
-        let (mut mine, mut all) = (Vec::new(), Vec::new());
+        let (mut mine, mut all, mut room) = (Vec::new(), Vec::new(), zeros(WHAT, PART)?);
         for (number, layout) in whole.iter().enumerate() {
             let rounds = (0..ranks.size()).map(|rank| owned(rank).len()).max().unwrap_or(0);
             for round in 0..rounds {
@@ -374,7 +378,8 @@ impl<B: Backend> Run<B> {
                 let lens = (0..ranks.size()).filter_map(of).map(|index| bytes(index).iter().sum());
                 let longest: usize = lens.max().unwrap_or(0);
                 let mine = reuse(&mut mine, WHAT, longest)?;
-                let all = reuse(&mut all, WHAT, longest * ranks.size())?;
+                let kept = if is_whole { longest * ranks.size() } else { 0 };
+                let all = reuse(&mut all, WHAT, kept)?;
                 if let Some(index) = of(ranks.rank()) {
                     let place = &flat.layouts[number].places[index];
                     let [numbers, scales] = bytes(index);
@@ -382,9 +387,14 @@ impl<B: Backend> Run<B> {
                     backend.read_bytes(state, place.start, &mut mine[..numbers])?;
                     backend.read_bytes(state, place.scales, &mut mine[numbers..][..scales])?;
                 }
-                ranks.all_gather(mine, all)?;
+                let mut take = |rank: usize, at: usize, part: &[u8]| {
+                    if is_whole {
+                        all[rank * longest + at..][..part.len()].copy_from_slice(part);
+                    }
+                };
+                ranks.all_gather_in_parts(mine, &mut room, &mut take)?;
                 for (rank, from) in all.chunks_exact(longest.max(1)).enumerate().skip(1) {
-                    let (Some(index), true) = (of(rank), copy.is_whole) else { continue };
+                    let Some(index) = of(rank) else { continue };
                     let (place, [numbers, scales]) = (&layout.places[index], bytes(index));
                     let to = copy.states[number].room(backend, WHAT, layout.bytes)?;
                     to[place.start..][..numbers].copy_from_slice(&from[..numbers]);
