@@ -166,6 +166,17 @@ fn sharded_states_change_no_bit() {
             assert_eq!(ranks::on_sharded_engines(size, step), vec![after; size]);
         }
     }
+    // What would be no number on one rank, all say, as one that is alone does.
+    let too_fast = |engine: &Engine| {
+        let mut trainer = trainer(engine, options("bf16", "adamw", 2, 2)).unwrap();
+        trainer.set_lr(Some(f32::MAX)).unwrap();
+        let error = trainer.step(&data).unwrap_err();
+        assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+        trainer.set_lr(None).unwrap();
+        (error.to_string(), trainer.step(&data).unwrap().loss.to_bits())
+    };
+    let alone = on_engines(1, too_fast).remove(0);
+    assert_eq!(ranks::on_sharded_engines(2, too_fast), [alone.clone(), alone]);
     let refused = ranks::on_sharded_engines(2, |engine| {
         let of = |optimizer| trainer(engine, options("bf16", optimizer, 2, 2)).unwrap_err();
         let kinds = ["stable-adamw", "stable-spam"].map(|kind| of(kind).to_string());

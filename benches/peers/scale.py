@@ -112,9 +112,12 @@ def of_mxtrain(options, shape, where, steps):
             else:
                 print(f"mxtrain {where} did not come to {steps} steps:\n{words.read_text()}")
             # Killed, since to end in order is to save, which takes as long as all steps.
-            os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         counted = records(log)[WARM : WARM + steps]
+        if not counted:
+            return math.inf, 0.0
         median = statistics.median
         exchange = median(record.get("exchange_seconds", 0.0) for record in counted)
         return median(record["seconds"] for record in counted), exchange
@@ -140,15 +143,16 @@ def main():
         shape = MODELS[model]
         tokens = shape[3] * shape[4]
         alone = [f"--device cuda:{gpu}" for gpu in range(gpus)]
-        best = {}
-        for where in options.rounds * [*alone, *ways]:
-            best[where] = min(
-                best.get(where, (math.inf, 0)), of_mxtrain(options, shape, where, options.steps)
-            )
+        best, of_peer = {}, math.inf
+        for _ in range(options.rounds):
+            for where in [*alone, *ways]:
+                found = of_mxtrain(options, shape, where, options.steps)
+                best[where] = min(best.get(where, (math.inf, 0.0)), found)
+            if not options.skip_ddp:
+                of_peer = min(of_peer, of_ddp(shape, gpus, options.steps))
         sum_of_all = sum(tokens / best[where][0] for where in alone)
-        peer = 0.0
-        if not options.skip_ddp:
-            peer = gpus * tokens / of_ddp(shape, gpus, options.steps)
+        peer = gpus * tokens / of_peer
+        if peer:
             print(f"{model} {'DDP':32} {peer:9.0f} tokens/s", flush=True)
         for where in alone:
             print(f"{model} {where:32} {tokens / best[where][0]:9.0f} tokens/s", flush=True)

@@ -39,10 +39,12 @@ impl Handle for mxt_snapshot {
 
 /// Copies all that mxt_trainer_save would write to the host, and stores the copy in `*snapshot` for the
 /// caller to free. It takes as much memory as the two tensor files of a checkpoint together. The
-/// trainer may be freed before it.
+/// trainer may be freed before it. Not collective, but with shard_states of mxt_group: then all ranks
+/// make it, and that of rank 0 has all that there is to save.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (also where the host has less memory free),
-/// MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in mxt_last_error and on the trainer.
+/// MXT_ERROR_DEVICE, MXT_ERROR_BUSY, MXT_ERROR_PEER. The message is in mxt_last_error and on the
+/// trainer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_snapshot(
     trainer: *mut mxt_trainer,
@@ -65,7 +67,8 @@ pub unsafe extern "C" fn mxt_trainer_snapshot(
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, after which the snapshot may hold nothing,
 /// MXT_ERROR_DEVICE, after which neither can be used, MXT_ERROR_BUSY (another call is inside one of
-/// them: the snapshot is then as it was). The message is in mxt_last_error and on the snapshot.
+/// them: the snapshot is then as it was), MXT_ERROR_PEER where it is collective (mxt_group's
+/// shard_states). The message is in mxt_last_error and on the snapshot.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_snapshot_renew(
     snapshot: *mut mxt_snapshot,
@@ -106,7 +109,7 @@ fn copy_of(
 /// may call it, also while the trainer is in a step.
 ///
 /// Errors: those of mxt_trainer_save; MXT_ERROR_INVALID_ARGUMENT behind a mxt_snapshot_renew that
-/// failed.
+/// failed, and where another rank than 0 has only a part (mxt_group's shard_states).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_snapshot_save(
     snapshot: *mut mxt_snapshot,

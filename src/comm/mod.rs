@@ -86,7 +86,9 @@ impl Group {
     /// rank that is gone from one that is slow. Collectives have limits of their own.
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Self {
-        Self { timeout, ..self }
+        // Ten years, which can be added to any moment.
+        const LONGEST: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+        Self { timeout: timeout.min(LONGEST), ..self }
     }
 
     /// With the optimizer's states of each tensor on one rank alone, which updates it and gives it to all
@@ -200,6 +202,15 @@ impl Ranks {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).end(reason.to_owned());
     }
 
+    /// Tells the others where an error between votes is this rank's alone, for whom they would wait.
+    pub(crate) fn end_if_alone<R>(&self, result: Result<R>) -> Result<R> {
+        result.inspect_err(|error| {
+            if matches!(error, Error::Device { .. } | Error::OutOfMemory { .. } | Error::Poisoned) {
+                self.end(&error.to_string());
+            }
+        })
+    }
+
     /// Ends the group if what holds it is left by a panic.
     pub(crate) fn until_panic(&self) -> UntilPanic<'_> {
         UntilPanic(self)
@@ -253,23 +264,31 @@ impl Ranks {
         })
     }
 
-    /// `mine` of all ranks, as long on all of them, in as many calls as `room` asks for: `take` gets parts
-    /// of what each has, with their places in it.
+    /// `mine` of all ranks, of whom none has more than `longest`, in as many calls as `room` asks for:
+    /// `take` gets parts of what each has, with their places in it. Behind the end of the shorter ones
+    /// are zeros.
     ///
     /// # Errors
     /// [`Error::Peer`].
     pub(crate) fn all_gather_in_parts(
         &self,
         mine: &[u8],
+        longest: usize,
         room: &mut [u8],
         take: &mut dyn FnMut(usize, usize, &[u8]),
     ) -> Result<()> {
-        let most = room.len() / self.size;
-        for (number, part) in mine.chunks(most).enumerate() {
-            let room = &mut room[..part.len() * self.size];
-            self.all_gather(part, room)?;
-            for (rank, from) in room.chunks_exact(part.len()).enumerate() {
-                take(rank, number * most, from);
+        let most = room.len() / (self.size + 1);
+        let (sent, room) = room.split_at_mut(most);
+        for at in (0..longest).step_by(most) {
+            let sent = &mut sent[..most.min(longest - at)];
+            let own = mine.get(at..).unwrap_or_default();
+            let (to, rest) = sent.split_at_mut(own.len().min(sent.len()));
+            to.copy_from_slice(&own[..to.len()]);
+            rest.fill(0);
+            let room = &mut room[..sent.len() * self.size];
+            self.all_gather(sent, room)?;
+            for (rank, from) in room.chunks_exact(sent.len()).enumerate() {
+                take(rank, at, from);
             }
         }
         Ok(())
@@ -434,14 +453,18 @@ mod tests {
     #[test]
     fn what_is_gathered_in_parts_is_whole() {
         let ranks = Ranks::new(Group::new(1, 3, Box::new(Echo))).unwrap();
-        for (len, room) in [(0, 6), (1, 3), (10, 6), (10, 30), (11, 13), (64, 9), (7, 100)] {
-            let mine: Vec<u8> = (0..len).collect();
-            let mut all = vec![vec![255; len as usize]; 3];
-            let mut take = |rank: usize, at: usize, part: &[u8]| {
-                all[rank][at..][..part.len()].copy_from_slice(part);
-            };
-            ranks.all_gather_in_parts(&mine, &mut vec![0; room], &mut take).unwrap();
-            assert!(all.iter().all(|one| *one == mine), "{len} by {room}");
+        for (len, room) in [(0, 6), (1, 4), (10, 6), (10, 30), (11, 13), (64, 9), (7, 100)] {
+            let mine: Vec<u8> = (1..=len).collect();
+            for longest in [mine.len(), mine.len() + 1, mine.len() + 9] {
+                let mut all = vec![vec![255; longest]; 3];
+                let mut take = |rank: usize, at: usize, part: &[u8]| {
+                    all[rank][at..][..part.len()].copy_from_slice(part);
+                };
+                let room = &mut vec![7; room];
+                ranks.all_gather_in_parts(&mine, longest, room, &mut take).unwrap();
+                let expected = [&mine[..], &vec![0; longest - mine.len()]].concat();
+                assert!(all.iter().all(|one| *one == expected), "{len}, {longest}");
+            }
         }
     }
 }

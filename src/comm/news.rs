@@ -47,8 +47,6 @@ pub(crate) enum Call {
     Saved { step: u64 },
     /// What ranks keep after so many steps is brought to rank 0.
     Gather { step: u64 },
-    /// The update of a step is tried.
-    Try { step: u64 },
 }
 
 impl Call {
@@ -70,7 +68,6 @@ impl Call {
             Self::Saved { step } => (5, [step, 0, 0, 0]),
             Self::Link => (6, [0; 4]),
             Self::Gather { step } => (7, [step, 0, 0, 0]),
-            Self::Try { step } => (8, [step, 0, 0, 0]),
         }
     }
 
@@ -90,7 +87,6 @@ impl Call {
             5 => Self::Saved { step },
             6 => Self::Link,
             7 => Self::Gather { step },
-            8 => Self::Try { step },
             _ => return None,
         })
     }
@@ -118,7 +114,6 @@ impl fmt::Display for Call {
             }
             Self::Save { step } | Self::Saved { step } => write!(f, "saves step {step}"),
             Self::Gather { step } => write!(f, "copies step {step}"),
-            Self::Try { step } => write!(f, "tries step {step}"),
         }
     }
 }

@@ -9,7 +9,7 @@ use super::LogLevel;
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Exported};
-use crate::comm::{Call, Ranks, Transport};
+use crate::comm::{Ranks, Transport};
 use crate::reserve::{collect, zeros};
 use crate::{Error, Result};
 
@@ -37,6 +37,11 @@ pub(super) fn link(
     if wanted == Transport::Host {
         return Ok(None);
     }
+    if wanted == Transport::Auto && ranks.shards_states {
+        let line =
+            "gradients go from GPU to GPU through the host's memory, since states are sharded";
+        return Ok(Some((LogLevel::Warning, line.to_owned())));
+    }
     let cuda = Arc::get_mut(cuda).expect("nobody else has it yet");
     let (uuid, nccl) = cuda.reaches();
     let all = ranks.gather(&match nccl {
@@ -44,31 +49,36 @@ pub(super) fn link(
         Err(why) => format!("{uuid}\n\n{why}"),
     })?;
     let all: Vec<_> = all.iter().map(|text| Said::new(text)).collect();
-    let mut hindrance = shared(ranks, &all);
-    if hindrance.is_none() && wanted != Transport::Nccl {
-        hindrance = by_memory(cuda, ranks)?;
-        if hindrance.is_none() {
+    let shared = shared(ranks, &all);
+    // Why one way and the next cannot be.
+    let mut hindrances = Vec::new();
+    if wanted != Transport::Nccl {
+        match shared.clone() {
+            Some(why) => hindrances.push(why),
+            None => hindrances.extend(by_memory(cuda, ranks)?),
+        }
+        if hindrances.is_empty() {
             let line = "GPUs add gradients up in each other's memory".to_owned();
             return Ok(Some((LogLevel::Info, line)));
         }
     }
-    if wanted == Transport::Peer {
-        return unsupported(&hindrance.unwrap_or_default());
-    }
-    if let Some(why) = shared(ranks, &all).or_else(|| without_nccl(ranks, &all)) {
-        if wanted == Transport::Nccl {
-            return unsupported(&why);
+    if wanted != Transport::Peer {
+        match shared.or_else(|| without_nccl(ranks, &all)) {
+            Some(why) => hindrances.push(why),
+            None => hindrances.extend(by_nccl(cuda, ranks)?),
         }
-        let why = hindrance.filter(|other| *other != why).map_or_else(
-            || why.clone(),
-            |memory| format!("they do not reach each other's memory ({memory}), and {why}"),
-        );
-        let line = format!("gradients go from GPU to GPU through the host's memory: {why}");
-        return Ok(Some((LogLevel::Warning, line)));
+        if hindrances.len() == usize::from(wanted == Transport::Auto) {
+            let line = format!("gradients go from GPU to GPU by NCCL {}", all[0].nccl);
+            return Ok(Some((LogLevel::Info, line)));
+        }
     }
-    by_nccl(cuda, ranks)?;
-    let version = all[0].nccl;
-    Ok(Some((LogLevel::Info, format!("gradients go from GPU to GPU by NCCL {version}"))))
+    hindrances.dedup();
+    let why = hindrances.join("; and ");
+    if wanted != Transport::Auto {
+        return unsupported(&why);
+    }
+    let line = format!("gradients go from GPU to GPU through the host's memory: {why}");
+    Ok(Some((LogLevel::Warning, line)))
 }
 
 /// What a rank says of its GPU.
@@ -120,13 +130,8 @@ fn by_memory(cuda: &mut Cuda, ranks: &Ranks) -> Result<Option<String>> {
         // On all ranks, for none then has all of them on its host.
         return Ok(Some("they are on several hosts".to_owned()));
     }
-    let said = |why: &str| -> Result<Option<String>> {
-        let all = ranks.gather(why)?;
-        let first = all.iter().enumerate().find(|(_, why)| !why.is_empty());
-        Ok(first.map(|(rank, why)| format!("{}: {why}", name(ranks, rank))))
-    };
     let words = cuda.words(ranks.size());
-    if let Some(why) = said(words.as_ref().err().map_or("", String::as_str))? {
+    if let Some(why) = hindrance(ranks, words.as_ref().err().map_or("", String::as_str))? {
         return Ok(Some(why));
     }
     let Ok((words, mine)) = words else { unreachable!("said to all") };
@@ -134,14 +139,15 @@ fn by_memory(cuda: &mut Cuda, ranks: &Ranks) -> Result<Option<String>> {
     let mut all = collect("what ranks are linked by", all)?;
     ranks.all_gather(bytemuck::bytes_of(&mine), bytemuck::cast_slice_mut(&mut all))?;
     let linked = cuda.link_by_memory(words, &all, ranks.rank(), ranks.timeout);
-    let why = said(linked.err().as_deref().unwrap_or_default())?;
+    let why = hindrance(ranks, linked.err().as_deref().unwrap_or_default())?;
     if why.is_some() {
         cuda.unlink();
     }
     Ok(why)
 }
 
-fn by_nccl(cuda: &mut Cuda, ranks: &Ranks) -> Result<()> {
+/// Why NCCL does not link GPUs; None where it does.
+fn by_nccl(cuda: &mut Cuda, ranks: &Ranks) -> Result<Option<String>> {
     // Rank 0 makes the id; whether it could, all learn from what it sends.
     let made = (ranks.rank() == 0).then(|| cuda.link_id());
     let mut mine = [0; 1 + ID];
@@ -151,16 +157,25 @@ fn by_nccl(cuda: &mut Cuda, ranks: &Ranks) -> Result<()> {
     }
     let mut all = zeros("what ranks are linked by", ranks.size() * mine.len())?;
     ranks.all_gather(&mine, &mut all)?;
-    if let Some(Err(error)) = made {
-        return Err(error);
-    }
     let place = (ranks.rank(), ranks.size());
-    let linked = match all[..1 + ID].split_first_chunk() {
-        Some(([1], id)) => {
+    let linked = match (made, all[..1 + ID].split_first_chunk()) {
+        (Some(Err(error)), _) => Err(error),
+        (_, Some(([1], id))) => {
             cuda.link_by_nccl(id.try_into().expect("ID bytes"), place, ranks.timeout)
         }
         _ => Err(Error::Peer { message: "rank 0 cannot start NCCL".into() }),
     };
-    let agreed = ranks.agree(Call::Link, linked.as_ref().copied());
-    linked.and(agreed)
+    let why = linked.err().map(|error| error.to_string());
+    let why = hindrance(ranks, why.as_deref().unwrap_or_default())?;
+    if why.is_some() {
+        cuda.unlink();
+    }
+    Ok(why)
+}
+
+/// The first reason that a rank says, and who says it.
+fn hindrance(ranks: &Ranks, why: &str) -> Result<Option<String>> {
+    let all = ranks.gather(why)?;
+    let first = all.iter().enumerate().find(|(_, why)| !why.is_empty());
+    Ok(first.map(|(rank, why)| format!("{}: {why}", name(ranks, rank))))
 }

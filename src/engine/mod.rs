@@ -50,7 +50,8 @@ pub struct EngineOptions {
     pub cuda_stream: Option<CudaStream>,
     /// The ranks that train together, of which this engine is one; none (default) trains alone.
     /// [`Engine::new`] is collective then, and so are [`crate::Trainer`]'s `new`, `load`, `step`,
-    /// `eval` and `save`: all ranks make them, in the same order, with the same options.
+    /// `eval` and `save`, and `snapshot` where states are sharded: all ranks make them, in the same
+    /// order, with the same options.
     pub group: Option<Group>,
 }
 
@@ -94,7 +95,7 @@ impl Engine {
     /// one that does not exist, for a stream that is not the device's, or for more than 1,024
     /// threads, [`Error::Device`] for a GPU that fails. With a group, [`Error::RanksDiffer`] for
     /// ranks of other versions, seeds or chips, [`Error::Peer`], and [`Error::Unsupported`] where
-    /// [`crate::Transport::Nccl`] is asked for and cannot be had.
+    /// [`crate::Transport::Nccl`] or [`crate::Transport::Peer`] is asked for and cannot be had.
     pub fn new(mut options: EngineOptions) -> Result<Self> {
         let ranks = match options.group.take() {
             Some(group) if group.is_one() => None,
@@ -122,7 +123,8 @@ impl Engine {
             ("sharded states", ranks.shards_states.to_string()),
         ])?;
         let Ok(mut inner) = Arc::try_unwrap(made.0) else { unreachable!("nobody else has it") };
-        if let Some((level, line)) = link::link(&mut inner.device, &ranks)? {
+        let linked = link::link(&mut inner.device, &ranks);
+        if let Some((level, line)) = ranks.end_if_alone(linked)? {
             inner.log(level, || line);
         }
         inner.ranks = Some(ranks);

@@ -18,7 +18,7 @@ use std::time::Instant;
 use crate::backend::{Backend, Bucket, FlatGradients, Slot};
 use crate::comm::{Call, Counts, Joins, Ranks, Share, owned, sum_parts};
 use crate::gpt::ParamTable;
-use crate::optim::{Largest, OptimizerStep};
+use crate::optim::Largest;
 use crate::reserve::{collect, reserve, zeros};
 use crate::{Error, Result};
 
@@ -76,10 +76,9 @@ impl<B: Backend> Exchange<B> {
         let elements = gradients.len() / size_of::<f32>();
         let staged = ranks.filter(|_| allocates && buckets.is_none());
         let bucket = staged.map_or(0, |ranks| bucket(elements, ranks.size()));
-        let longest = match staged.filter(|ranks| ranks.shards_states) {
-            Some(_) => table.slots().iter().map(|slot| slot.len).max().unwrap_or(0),
-            None => 0,
-        };
+        let owned = all_owned(table, ranks)?;
+        // A tensor of this rank, and one of each.
+        let [mine, all] = staged.map_or([0; 2], |ranks| most_at_once(table, &owned, ranks));
         Ok(Self {
             share,
             kept,
@@ -87,9 +86,9 @@ impl<B: Backend> Exchange<B> {
             in_use: 0,
             seconds: 0.0,
             buckets,
-            owned: all_owned(table, ranks)?,
-            mine: zeros(WHAT, longest)?,
-            all: zeros(WHAT, longest * ranks.map_or(0, Ranks::size))?,
+            owned,
+            mine: zeros(WHAT, mine)?,
+            all: zeros(WHAT, all)?,
             send: zeros(WHAT, bucket)?,
             receive: zeros(WHAT, bucket)?,
         })
@@ -124,28 +123,33 @@ impl<B: Backend> Exchange<B> {
         ranks: &Ranks,
     ) -> Result<()> {
         let started = Instant::now();
-        let of = |rank: usize, round: usize| slots[self.owned[rank].clone()].get(round);
+        let (all, mine) = (0..ranks.size(), ranks.rank());
         for round in 0.. {
-            let all = 0..ranks.size();
-            let Some(longest) = all.clone().filter_map(|rank| of(rank, round)).map(|s| s.len).max()
-            else {
+            let of = |rank: usize| slots[self.owned[rank].clone()].get(round);
+            let len = |rank: usize| of(rank).map_or(0, |slot| slot.len);
+            // Where those of a rank come, behind all before.
+            let place = |rank: usize| (0..rank).map(len).sum::<usize>();
+            let longest = all.clone().map(len).max().unwrap_or(0);
+            if longest == 0 {
                 break;
-            };
-            let mine = &mut self.mine[..longest];
-            let gathered = &mut self.all[..longest * ranks.size()];
-            if let Some(slot) = of(ranks.rank(), round) {
-                backend.read_param(weights, *slot, &mut mine[..slot.len])?;
             }
+            let own = &mut self.mine[..len(mine)];
+            if let Some(slot) = of(mine) {
+                backend.read_param(weights, *slot, own)?;
+            }
+            let gathered = &mut self.all[..place(ranks.size())];
             let to: &mut [u8] = bytemuck::cast_slice_mut(gathered);
-            let room = bytemuck::cast_slice_mut(&mut self.receive);
             let mut take = |rank: usize, at: usize, part: &[u8]| {
-                to[4 * rank * longest + at..][..part.len()].copy_from_slice(part);
+                let rest = (4 * len(rank)).saturating_sub(at).min(part.len());
+                to[4 * place(rank)..][at.min(4 * len(rank))..][..rest]
+                    .copy_from_slice(&part[..rest]);
             };
-            ranks.all_gather_in_parts(bytemuck::cast_slice(mine), room, &mut take)?;
-            for rank in all.filter(|rank| *rank != ranks.rank()) {
-                if let Some(slot) = of(rank, round) {
-                    let values = &gathered[rank * longest..][..slot.len];
-                    backend.write_param(weights, *slot, values)?;
+            let (own, room) = (bytemuck::cast_slice(own), &mut self.receive);
+            let room = bytemuck::cast_slice_mut(room);
+            ranks.all_gather_in_parts(own, 4 * longest, room, &mut take)?;
+            for rank in all.clone().filter(|rank| *rank != mine) {
+                if let Some(slot) = of(rank) {
+                    backend.write_param(weights, *slot, &gathered[place(rank)..][..slot.len])?;
                 }
             }
         }
@@ -297,6 +301,17 @@ fn all_owned(table: &ParamTable, ranks: Option<&Ranks>) -> Result<Vec<Range<usiz
     collect("what ranks own", all)
 }
 
+/// Elements of the longest tensor that this rank owns, and of those that all ranks give around at once.
+fn most_at_once(table: &ParamTable, owned: &[Range<usize>], ranks: &Ranks) -> [usize; 2] {
+    let of = |rank: usize| table.slots()[owned[rank].clone()].iter().map(|slot| slot.len);
+    if owned.is_empty() {
+        return [0; 2];
+    }
+    let rounds = (0..owned.len()).map(|rank| of(rank).len()).max().unwrap_or(0);
+    let in_round = |round| (0..owned.len()).filter_map(|rank| of(rank).nth(round)).sum();
+    [of(ranks.rank()).max().unwrap_or(0), (0..rounds).map(in_round).max().unwrap_or(0)]
+}
+
 /// The gradients in ranges that are made one behind the other, from the last block on.
 fn buckets<B: Backend>(table: &ParamTable, gradients: &FlatGradients<B>) -> Result<Vec<Bucket>> {
     let mut all = Vec::new();
@@ -325,15 +340,24 @@ fn buckets<B: Backend>(table: &ParamTable, gradients: &FlatGradients<B>) -> Resu
     Ok(all)
 }
 
-/// What all ranks have found by trying an update, of whose parameters each has some.
-pub(super) fn largest_of_all(
-    ranks: &Ranks,
-    step: &OptimizerStep,
-    found: Result<Largest>,
-) -> Result<Largest> {
-    let agreed = ranks.agree(Call::Try { step: step.t }, found.as_ref().map(drop));
+/// What all ranks have found by trying an update, of whose parameters each has some: what is not finite
+/// anywhere, all ranks say of the first.
+pub(super) fn largest_of_all(ranks: &Ranks, found: Result<Largest>) -> Result<Largest> {
+    // The bits of a value, and what it is.
+    let said = match &found {
+        Err(Error::NotFinite { what, value }) => format!("{:08x}{what}", value.to_bits()),
+        _ => String::new(),
+    };
+    let found = match found {
+        Err(Error::NotFinite { .. }) => Ok(Largest::default()),
+        found => ranks.end_if_alone(found),
+    };
     let mut largest = found?;
-    agreed?;
+    let all = ranks.gather(&said)?;
+    if let Some((bits, what)) = all.iter().find_map(|said| said.split_at_checked(8)) {
+        let value = f32::from_bits(u32::from_str_radix(bits, 16).unwrap_or_default());
+        return Err(Error::NotFinite { what: what.to_owned(), value });
+    }
     let numbers = |of: &Largest| [&[of.weight], &of.states[..]].concat();
     let mine = numbers(&largest);
     let mut all = zeros("what ranks find of an update", mine.len() * ranks.size())?;
@@ -344,9 +368,4 @@ pub(super) fn largest_of_all(
         largest.include(other);
     }
     Ok(largest)
-}
-
-/// Whether an error behind a vote is that of one rank alone, for whom the others would wait.
-pub(super) fn fails_alone(error: &Error) -> bool {
-    matches!(error, Error::Device { .. } | Error::OutOfMemory { .. } | Error::Poisoned)
 }

@@ -79,13 +79,14 @@ pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> 
 
 /// All memory of a trainer.
 pub(super) struct Buffers<B: Backend> {
+    // NOTE: before the events that are recorded in them.
+    pub(super) recordings: B::Recordings,
     pub(super) flat: Flat<B>,
     pub(super) activations: Activations<B>,
     pub(super) d: ActivationGradients<B>,
     pub(super) batch: Batch<B>,
     pub(super) merges: Option<Merges<B>>,
     pub(super) workspace: B::Workspace,
-    pub(super) recordings: B::Recordings,
 }
 
 /// What there is for each parameter, and for all of them together.

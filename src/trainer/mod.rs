@@ -42,7 +42,6 @@ use crate::run::{TrainerOptions, TrainerState};
 use crate::{Dataset, Engine, Error, Result};
 use batch::Batch;
 pub use carriers::{Carried, carriers, emulation};
-use exchange::fails_alone;
 use follow::Done;
 use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
@@ -215,11 +214,13 @@ impl Trainer {
         let agreed = ranks.agree(Call::Trainer, made.as_ref().map(drop));
         let mut trainer = made?;
         agreed?;
-        ranks.compare(&trainer.description()?)?;
-        on_device!(&mut trainer.run, run => {
+        let described = ranks.end_if_alone(trainer.description())?;
+        ranks.compare(&described)?;
+        let met = on_device!(&mut trainer.run, run => {
             let (on, Flat { gradients, exchange, .. }) = (&run.model, &mut run.buffers.flat);
-            exchange.meet(&*on.backend, gradients, ranks)?;
+            exchange.meet(&*on.backend, gradients, ranks)
         });
+        ranks.end_if_alone(met)?;
         Ok(trainer)
     }
 
@@ -478,12 +479,10 @@ impl Trainer {
             run.buffers.flat.exchange.seconds = 0.0;
             run.gradients_and_update(model, state, bounds, (&step, call), &mut fill)
         });
-        if let (Err(error), Some(ranks)) = (&done, ranks)
-            && fails_alone(error)
-        {
-            ranks.end(&error.to_string());
-        }
-        let sums = done?;
+        let sums = match ranks {
+            Some(ranks) => ranks.end_if_alone(done)?,
+            None => done?,
+        };
         check_finite(&sums, &step, format_args!("step {t}"))?;
         let (loss, grad_norm) = sums.loss_and_norm(&step);
         self.state.step = t;
@@ -533,7 +532,9 @@ impl Trainer {
             let is_dealt = !self.tells_more_than_losses();
             let call = Call::Eval { step, windows: count, is_dealt, data: data_of };
             let agreed = ranks.agree(call, mine.as_ref().map(drop));
-            mine = mine.and_then(|mine| agreed.and_then(|()| mine.of_all_ranks(ranks)));
+            mine = mine.and_then(|mine| {
+                agreed.and_then(|()| ranks.end_if_alone(mine.of_all_ranks(ranks)))
+            });
         }
         let Evaluated { sum, tokens, spared, sharpness, .. } = mine?;
         let loss = (sum / tokens as f64) as f32;
@@ -1081,7 +1082,7 @@ impl<B: Backend> Run<B> {
                 found
             });
             let found = match ranks {
-                Some(ranks) => exchange::largest_of_all(ranks, step, found)?,
+                Some(ranks) => exchange::largest_of_all(ranks, found)?,
                 None => found?,
             };
             let StepSums { raised_blocks, .. } = sums;

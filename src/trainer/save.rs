@@ -1,5 +1,6 @@
 //! What a checkpoint has of a trainer: read from its device, or from a copy of it on the host.
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::memory::Flat;
@@ -264,11 +265,14 @@ impl Trainer {
         let _group = ranks.until_panic();
         copy.is_whole = ranks.rank() == 0;
         on_device!(&self.run, run => {
+            // All memory is taken before the vote.
             let copied = if copy.is_whole { run.copy_to(state, &mut copy) } else { Ok(()) };
+            let ready = copied.and_then(|()| Gather::new(run, &state.options.optimizer, ranks));
             let call = Call::Gather { step: state.step };
-            let agreed = ranks.agree(call, copied.as_ref().copied());
-            copied.and(agreed)?;
-            let gathered = run.gather_states(&state.options.optimizer, &mut copy, ranks);
+            let agreed = ranks.agree(call, ready.as_ref().map(drop));
+            let ready = ready?;
+            agreed?;
+            let gathered = run.gather_states(ready, &mut copy, ranks);
             gathered.inspect_err(|error| ranks.end(&error.to_string()))?;
         });
         Ok(copy)
@@ -352,53 +356,100 @@ impl<B: Backend> Run<B> {
     }
 }
 
+/// What bringing the states of all ranks together needs.
+struct Gather {
+    /// The layouts of all.
+    whole: Vec<StateLayout>,
+    /// What each rank owns.
+    owned: Vec<Range<usize>>,
+    /// A state of a tensor of this rank, with its scales, and on rank 0 those of one of each.
+    mine: Vec<u8>,
+    all: Vec<u8>,
+    /// What is exchanged at once.
+    room: Vec<u8>,
+}
+
+impl Gather {
+    fn new<B: Backend>(run: &Run<B>, optimizer: &Optimizer, ranks: &Ranks) -> Result<Self> {
+        let (slots, size) = (run.model.table.slots(), ranks.size());
+        let whole = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
+        let sizes = slots.iter().map(|slot| slot.len);
+        let owned = (0..size).map(|rank| Ok(owned(sizes.clone(), rank, size)));
+        let owned = collect(WHAT, owned)?;
+        let (mine, all, room) = (Vec::new(), Vec::new(), zeros(WHAT, PART)?);
+        let mut made = Self { whole, owned, mine, all, room };
+        let (mut mine, mut all) = (0, 0);
+        for state in 0..made.whole.len() {
+            for round in 0..made.rounds() {
+                let of = |rank| made.len(state, rank, round);
+                mine = mine.max(of(ranks.rank()));
+                all = all.max((0..size).map(of).sum());
+            }
+        }
+        made.mine = zeros(WHAT, mine)?;
+        made.all = zeros(WHAT, if ranks.rank() == 0 { all } else { 0 })?;
+        Ok(made)
+    }
+
+    fn rounds(&self) -> usize {
+        self.owned.iter().map(Range::len).max().unwrap_or(0)
+    }
+
+    /// The tensor of a rank in a round.
+    fn tensor(&self, rank: usize, round: usize) -> Option<usize> {
+        self.owned[rank].clone().nth(round)
+    }
+
+    /// Bytes of a state of it, and of its scales.
+    fn parts(&self, state: usize, tensor: usize) -> [usize; 2] {
+        let place = &self.whole[state].places[tensor];
+        [place.bytes(), 4 * place.groups()]
+    }
+
+    fn len(&self, state: usize, rank: usize, round: usize) -> usize {
+        let tensor = self.tensor(rank, round);
+        tensor.map_or(0, |tensor| self.parts(state, tensor).iter().sum())
+    }
+}
+
 impl<B: Backend> Run<B> {
     /// Brings what other ranks keep to rank 0's copy: the first tensors of all of them, then the second
     /// ones.
-    fn gather_states(
-        &self,
-        optimizer: &Optimizer,
-        copy: &mut Snapshot,
-        ranks: &Ranks,
-    ) -> Result<()> {
+    fn gather_states(&self, mut gather: Gather, copy: &mut Snapshot, ranks: &Ranks) -> Result<()> {
         let (backend, flat) = (&*self.model.backend, &self.buffers.flat);
-        let slots = self.model.table.slots();
-        let whole = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
-        let is_whole = copy.is_whole;
-        let owned = |rank| owned(slots.iter().map(|slot| slot.len), rank, ranks.size());
-        let (mut mine, mut all, mut room) = (Vec::new(), Vec::new(), zeros(WHAT, PART)?);
-        for (number, layout) in whole.iter().enumerate() {
-            let rounds = (0..ranks.size()).map(|rank| owned(rank).len()).max().unwrap_or(0);
-            for round in 0..rounds {
-                let of = |rank: usize| owned(rank).nth(round);
-                let bytes = |index: usize| {
-                    let place = &layout.places[index];
-                    [place.bytes(), 4 * place.groups()]
-                };
-                let lens = (0..ranks.size()).filter_map(of).map(|index| bytes(index).iter().sum());
-                let longest: usize = lens.max().unwrap_or(0);
-                let mine = reuse(&mut mine, WHAT, longest)?;
-                let kept = if is_whole { longest * ranks.size() } else { 0 };
-                let all = reuse(&mut all, WHAT, kept)?;
-                if let Some(index) = of(ranks.rank()) {
-                    let place = &flat.layouts[number].places[index];
-                    let [numbers, scales] = bytes(index);
-                    let state = &flat.states[number];
-                    backend.read_bytes(state, place.start, &mut mine[..numbers])?;
-                    backend.read_bytes(state, place.scales, &mut mine[numbers..][..scales])?;
+        let [mut mine, mut all, mut room] =
+            [&mut gather.mine, &mut gather.all, &mut gather.room].map(std::mem::take);
+        let gather = gather;
+        for state in 0..gather.whole.len() {
+            for round in 0..gather.rounds() {
+                let len = |rank| gather.len(state, rank, round);
+                let place = |rank: usize| (0..rank).map(len).sum::<usize>();
+                let longest = (0..ranks.size()).map(len).max().unwrap_or(0);
+                let mine = &mut mine[..len(ranks.rank())];
+                if let Some(tensor) = gather.tensor(ranks.rank(), round) {
+                    let place = &flat.layouts[state].places[tensor];
+                    let [numbers, _] = gather.parts(state, tensor);
+                    let (numbers, scales) = mine.split_at_mut(numbers);
+                    backend.read_bytes(&flat.states[state], place.start, numbers)?;
+                    backend.read_bytes(&flat.states[state], place.scales, scales)?;
                 }
                 let mut take = |rank: usize, at: usize, part: &[u8]| {
-                    if is_whole {
-                        all[rank * longest + at..][..part.len()].copy_from_slice(part);
+                    let rest = len(rank).saturating_sub(at).min(part.len());
+                    if copy.is_whole && rest > 0 {
+                        all[place(rank) + at..][..rest].copy_from_slice(&part[..rest]);
                     }
                 };
-                ranks.all_gather_in_parts(mine, &mut room, &mut take)?;
-                for (rank, from) in all.chunks_exact(longest.max(1)).enumerate().skip(1) {
-                    let Some(index) = of(rank) else { continue };
-                    let (place, [numbers, scales]) = (&layout.places[index], bytes(index));
-                    let to = copy.states[number].room(backend, WHAT, layout.bytes)?;
-                    to[place.start..][..numbers].copy_from_slice(&from[..numbers]);
-                    to[place.scales..][..scales].copy_from_slice(&from[numbers..][..scales]);
+                ranks.all_gather_in_parts(mine, longest, &mut room, &mut take)?;
+                for rank in 1..ranks.size() {
+                    let tensor = gather.tensor(rank, round).filter(|_| copy.is_whole);
+                    let Some(tensor) = tensor else { continue };
+                    let [numbers, _] = gather.parts(state, tensor);
+                    let (numbers, scales) = all[place(rank)..][..len(rank)].split_at(numbers);
+                    let layout = &gather.whole[state];
+                    let place = &layout.places[tensor];
+                    let to = copy.states[state].room(backend, WHAT, layout.bytes)?;
+                    to[place.start..][..numbers.len()].copy_from_slice(numbers);
+                    to[place.scales..][..scales.len()].copy_from_slice(scales);
                 }
             }
         }

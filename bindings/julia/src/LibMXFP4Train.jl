@@ -505,7 +505,8 @@ writes to its own. What fails on one rank, fails on all, before anything is chan
 has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
 alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
 begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED) the others do not hear of: they wait, and the
-rank has to make the call again, or end. All other calls, and freeing, are a rank's own. One group
+rank has to make the call again, or end. All other calls, and freeing, are a rank's own, but for
+mxt_trainer_snapshot and mxt_snapshot_renew with shard_states. One group
 makes one call at a time: a second thread that makes another one on the same engine waits for it.
 
 Where NCCL carries gradients, it starts threads of its own in mxt_engine_new, and takes some hundred
@@ -542,8 +543,9 @@ struct mxt_group
     # to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
     # changes no bit. For adamw and muon without ramping, and on GPUs with MXT_TRANSPORT_HOST alone so
     # far; mxt_trainer_watch_updates is MXT_ERROR_UNSUPPORTED then. mxt_trainer_snapshot is collective,
-    # and that of rank 0 has all that there is to save. What a rank kept is lost with it. 0 (default):
-    # every rank keeps all.
+    # and that of rank 0 has all that there is to save. What a rank kept is lost with it, and where a
+    # group ends within a step, weights may be those of within it: go on from a checkpoint then. 0
+    # (default): every rank keeps all.
     shard_states::Int32
 end
 
@@ -2314,10 +2316,12 @@ end
 
 Copies all that mxt_trainer_save would write to the host, and stores the copy in `*snapshot` for the
 caller to free. It takes as much memory as the two tensor files of a checkpoint together. The
-trainer may be freed before it.
+trainer may be freed before it. Not collective, but with shard_states of mxt_group: then all ranks
+make it, and that of rank 0 has all that there is to save.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (also where the host has less memory free),
-MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in mxt_last_error and on the trainer.
+MXT_ERROR_DEVICE, MXT_ERROR_BUSY, MXT_ERROR_PEER. The message is in mxt_last_error and on the
+trainer.
 """
 function mxt_trainer_snapshot(trainer, snapshot)
     return @ccall libmxfp4train.mxt_trainer_snapshot(
@@ -2335,7 +2339,8 @@ less is needed.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, after which the snapshot may hold nothing,
 MXT_ERROR_DEVICE, after which neither can be used, MXT_ERROR_BUSY (another call is inside one of
-them: the snapshot is then as it was). The message is in mxt_last_error and on the snapshot.
+them: the snapshot is then as it was), MXT_ERROR_PEER where it is collective (mxt_group's
+shard_states). The message is in mxt_last_error and on the snapshot.
 """
 function mxt_snapshot_renew(snapshot, trainer)
     return @ccall libmxfp4train.mxt_snapshot_renew(
@@ -2351,7 +2356,7 @@ Saves what the trainer was to the folder `dir`, as mxt_trainer_save would have d
 may call it, also while the trainer is in a step.
 
 Errors: those of mxt_trainer_save; MXT_ERROR_INVALID_ARGUMENT behind a mxt_snapshot_renew that
-failed.
+failed, and where another rank than 0 has only a part (mxt_group's shard_states).
 """
 function mxt_snapshot_save(snapshot, dir)
     return @ccall libmxfp4train.mxt_snapshot_save(

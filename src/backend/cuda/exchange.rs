@@ -3,8 +3,9 @@
 //! one host that reach each other's memory do that in one kernel, which reads and writes the memory of
 //! all; others by NCCL, which carries slices before and behind.
 //!
-//! All of it runs on a stream beside that of the pass, where an event says when a bucket is made. The pass is queued as a whole before anything of the exchange is: what
-//! waits for the whole device, as loading a kernel does, would else wait for another rank.
+//! All of it runs on a stream beside that of the pass, where an event says when a bucket is made. The
+//! pass is queued as a whole before anything of the exchange is: what waits for the whole device, as
+//! loading a kernel does, would else wait for another rank.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use super::device::gpu::Gpu;
 use super::device::launch;
 use super::device::memory::{Arena, Piece};
 use super::device::nccl::{Communicator, Id, Message, Nccl};
-use super::device::peers::{Exported, Mapped, Peers, Told};
+use super::device::peers::{Exported, MOST_PEERS, Mapped, Peers, Told};
 use crate::backend::{Bucket, Exchange, FlatGradients};
 use crate::reserve::{collect, zeros};
 use crate::{Error, Result};
@@ -30,8 +31,8 @@ const BLOCKS: usize = 4;
 const MOST_BLOCKS: i32 = 16;
 /// Threads of each of them, which are to have enough on its way.
 const MANY_THREADS: usize = 512;
-/// Ranks of whom one kernel reaches all memory, as there.
-const MOST_PEERS: usize = 8;
+/// How often a wait looks whether another rank has given up.
+const LOOK: Duration = Duration::from_millis(5);
 /// After so much of a wait the processor is given away.
 const SPIN: Duration = Duration::from_millis(2);
 
@@ -66,6 +67,8 @@ pub(crate) struct Buckets {
     stride: usize,
     /// The gradients of all ranks, where these are reached.
     mapped: Vec<Mapped>,
+    /// This rank's own, which others reach.
+    exported: Option<Piece>,
     /// What others have told.
     words: Vec<u32>,
     in_flight: bool,
@@ -130,7 +133,7 @@ impl Cuda {
         Ok(())
     }
 
-    /// Takes back what [`Cuda::link_by_memory`] has done.
+    /// Takes back that it is linked.
     pub(crate) fn unlink(&mut self) {
         self.link = None;
     }
@@ -191,15 +194,22 @@ impl Link {
 
     /// Waits for an event beside; the host does nothing else, and wants to go on at once.
     fn wait(&self, event: &Event) -> Result<(), String> {
-        let started = Instant::now();
+        let (started, mut looked) = (Instant::now(), Instant::now());
         while !event.has_come() {
             let waited = started.elapsed();
             if waited < SPIN {
                 std::hint::spin_loop();
                 continue;
             }
-            if let Way::Nccl(nccl) = &self.way {
-                nccl.check()?;
+            match &self.way {
+                Way::Nccl(nccl) => nccl.check()?,
+                Way::Peers(peers) if looked.elapsed() > LOOK => {
+                    looked = Instant::now();
+                    if peers.is_given_up() {
+                        return Err("another rank has given up".to_owned());
+                    }
+                }
+                Way::Peers(_) => {}
             }
             if waited > self.timeout {
                 let seconds = waited.as_secs();
@@ -224,6 +234,9 @@ impl Link {
             self.gpu.scope(|| {
                 self.beside.queue(|| event.record());
                 while !event.has_come() && Instant::now() < until {
+                    if let Way::Peers(peers) = &self.way {
+                        peers.release();
+                    }
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 ends = event.has_come();
@@ -236,6 +249,20 @@ impl Link {
 }
 
 impl Buckets {
+    fn abort(&mut self) {
+        self.in_flight = false;
+        self.link.abort();
+        // What others have queued may still reach this rank's memory. That of a process stays as long as
+        // others map it; that of a thread has to stay itself.
+        let is_of_this = |(rank, of): (usize, &Mapped)| rank != self.link.rank && !of.is_opened();
+        if let (Way::Peers(peers), Some(exported)) = (&self.link.way, &self.exported)
+            && self.mapped.iter().enumerate().any(is_of_this)
+        {
+            exported.keep_for_ever();
+            peers.keep_for_ever();
+        }
+    }
+
     /// The bytes of a bucket that a rank adds up.
     fn slice(&self, bucket: &Bucket, rank: usize) -> (usize, usize) {
         let len = slice(bucket, self.link.size);
@@ -343,7 +370,7 @@ impl Buckets {
 impl Drop for Buckets {
     fn drop(&mut self) {
         if self.in_flight {
-            self.link.abort();
+            self.abort();
         }
     }
 }
@@ -383,6 +410,7 @@ impl Exchange for Cuda {
             }),
             stride,
             mapped: Vec::new(),
+            exported: None,
             words: zeros("what GPUs tell each other", 4 * link.size)?,
             in_flight: false,
         }))
@@ -408,6 +436,7 @@ impl Exchange for Cuda {
         if !all.is_empty() {
             let mapped = mapped(&self.gpu, gradients.all(), &all, buckets.link.rank);
             buckets.mapped = mapped.map_err(|reason| failed("sharing gradients", &reason))?;
+            buckets.exported = Some(gradients.all().again());
         }
         Ok(())
     }
@@ -449,7 +478,6 @@ impl Exchange for Cuda {
     }
 
     fn abort_exchange(&self, buckets: &mut Buckets) {
-        buckets.link.abort();
-        buckets.in_flight = false;
+        buckets.abort();
     }
 }

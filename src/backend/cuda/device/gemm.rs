@@ -215,6 +215,9 @@ impl Gemm {
 impl Drop for Gemm {
     fn drop(&mut self) {
         self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        if self.gpu.is_stuck() {
+            return;
+        }
         let _alone = capture::without_captures();
         // SAFETY: ours, and nothing uses it any more. It waits for the device, so that has to be
         // current.

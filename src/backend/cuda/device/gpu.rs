@@ -198,7 +198,7 @@ impl Gpu {
         self.is_stuck.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn is_stuck(&self) -> bool {
+    pub(crate) fn is_stuck(&self) -> bool {
         self.is_stuck.load(Ordering::Relaxed)
     }
 

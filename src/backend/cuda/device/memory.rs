@@ -61,7 +61,19 @@ impl Drop for Slab {
 /// A piece of an arena: an address on the device, and what keeps it valid.
 pub(crate) struct Piece {
     pub(crate) address: u64,
-    _keep: Option<Arc<Slab>>,
+    keep: Option<Arc<Slab>>,
+}
+
+impl Piece {
+    /// Keeps its allocation as long as the process lives.
+    pub(crate) fn keep_for_ever(&self) {
+        std::mem::forget(self.keep.clone());
+    }
+
+    /// The same piece once more.
+    pub(crate) fn again(&self) -> Self {
+        Self { address: self.address, keep: self.keep.clone() }
+    }
 }
 
 /// f32 values.
@@ -284,7 +296,7 @@ impl Written<'_> {
 impl Piece {
     /// What begins `bytes` further on, for as long as this one is kept.
     fn at(&self, bytes: usize) -> Self {
-        Self { address: self.address + bytes as u64, _keep: None }
+        Self { address: self.address + bytes as u64, keep: None }
     }
 }
 
@@ -369,7 +381,7 @@ impl Arena {
             assert!(self.used <= slab.bytes, "an arena is cut as it was measured");
             slab.base + start as u64
         });
-        Piece { address, _keep: self.slab.clone() }
+        Piece { address, keep: self.slab.clone() }
     }
 
     pub(crate) fn f32(&mut self, len: usize) -> F32 {
@@ -491,7 +503,7 @@ impl Upload {
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if self.words.is_null() && self.sent.is_null() {
+        if (self.words.is_null() && self.sent.is_null()) || self.gpu.is_stuck() {
             return;
         }
         self.gpu.scope(|| {
@@ -527,6 +539,9 @@ impl Pinned {
     /// # Safety
     /// So many bytes are there, and stay there as long as the result.
     pub(crate) unsafe fn new(gpu: &Arc<Gpu>, memory: *mut c_void, bytes: usize) -> Option<Self> {
+        if gpu.is_stuck() {
+            return None;
+        }
         let _alone = capture::without_captures();
         let result = gpu.scope(|| {
             // SAFETY: as promised by the caller.
@@ -538,6 +553,9 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        if self.gpu.is_stuck() {
+            return;
+        }
         let _alone = capture::without_captures();
         self.gpu.scope(|| {
             // SAFETY: registered in `new`; the wait ends the last copy.

@@ -50,6 +50,8 @@ struct Config {
     most_blocks: c_int,
     network: *const c_char,
     split_share: c_int,
+    /// Of later releases, where 2.19 has nothing.
+    traffic_class: c_int,
 }
 
 /// In the place of a number that NCCL is to choose.
@@ -67,6 +69,7 @@ impl Config {
             most_blocks,
             network: std::ptr::null(),
             split_share: CHOOSE,
+            traffic_class: CHOOSE,
         }
     }
 }

@@ -75,6 +75,11 @@ impl Exported {
 }
 
 impl Mapped {
+    /// Whether it is of another process.
+    pub(crate) fn is_opened(&self) -> bool {
+        self.opened != 0
+    }
+
     /// This rank's own.
     pub(crate) fn own(gpu: &Arc<Gpu>, piece: &Piece) -> Self {
         Self { gpu: gpu.clone(), address: piece.address, opened: 0 }
@@ -137,6 +142,9 @@ pub(crate) enum Told {
     Aborted = 2,
 }
 
+/// Ranks of whom one kernel reaches all memory, as there.
+pub(crate) const MOST_PEERS: usize = 8;
+
 /// Bytes of what one rank tells another.
 const WORDS: u64 = 16;
 
@@ -155,7 +163,10 @@ pub(crate) struct Peers {
 impl Peers {
     /// What this rank exports for that, and is kept for [`Peers::new`].
     pub(crate) fn words(gpu: &Arc<Gpu>, size: usize) -> Result<Piece> {
-        let (bytes, mut measuring) = (size * WORDS as usize, Arena::measuring(gpu));
+        // NOTE: CUDA cuts small allocations from blocks of this size, all of which others map.
+        const BLOCK: usize = 2 << 20;
+        let bytes = (size * WORDS as usize).next_multiple_of(BLOCK);
+        let mut measuring = Arena::measuring(gpu);
         measuring.bytes(bytes);
         let words = Arena::allocated(gpu, measuring.used())?.bytes(bytes);
         gpu.synchronize()?;
@@ -225,6 +236,11 @@ impl Peers {
         for to in self.others() {
             self.set(self.place(self.rank, to, Told::Aborted), 1);
         }
+        self.release();
+    }
+
+    /// Lets what waits on this GPU go on; others may still tell something that takes that back.
+    pub(crate) fn release(&self) {
         let released = self.count.load(Ordering::Relaxed).wrapping_add(1 << 30);
         for by in self.others() {
             for told in [Told::Made, Told::Arrived] {
@@ -233,10 +249,33 @@ impl Peers {
         }
     }
 
+    /// NOTE: an error is not kept, for another process may be gone with its memory, and this one goes on.
     fn set(&self, place: u64, word: u32) {
         // SAFETY: a word of memory that is mapped.
-        let result = unsafe { sys::cuMemsetD32Async(place, word, 1, self.gpu.stream()) };
-        self.gpu.note("giving up an exchange", result);
-        let _ = self.gpu.synchronize();
+        unsafe {
+            let _ = sys::cuMemsetD32Async(place, word, 1, self.gpu.stream());
+            let _ = sys::cuStreamSynchronize(self.gpu.stream());
+        }
+    }
+
+    /// Whether another rank has given up, as this one's words have it now.
+    pub(crate) fn is_given_up(&self) -> bool {
+        let mut words = [0u32; 4 * MOST_PEERS];
+        let bytes = self.all.len().min(MOST_PEERS) * WORDS as usize;
+        // SAFETY: so many bytes are there, on both sides; the wait ends the copy.
+        let result = unsafe {
+            let (to, stream) = (words.as_mut_ptr().cast(), self.gpu.stream());
+            match sys::cuMemcpyDtoHAsync_v2(to, self.own.address, bytes, stream) {
+                CUresult::CUDA_SUCCESS => sys::cuStreamSynchronize(stream),
+                other => other,
+            }
+        };
+        self.gpu.note("hearing from other GPUs", result);
+        Self::says_aborted(&words)
+    }
+
+    /// Keeps the words of this rank for ever, since others may still write there.
+    pub(crate) fn keep_for_ever(&self) {
+        self.own.keep_for_ever();
     }
 }
