@@ -404,7 +404,7 @@ typedef void (*mxt_user_data_free_fn)(void *user_data);
 // writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 // has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
 // alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
-// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED) the others do not hear of: they wait, and the
+// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this struct) the others do not hear of: they wait, and the
 // rank has to make the call again, or end. All other calls, and freeing, are a rank's own, but for
 // mxt_trainer_snapshot and mxt_snapshot_renew with shard_states. One group
 // makes one call at a time: a second thread that makes another one on the same engine waits for it.
@@ -441,7 +441,7 @@ typedef struct mxt_group {
   // 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
   // to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
   // changes no bit. For adamw and muon without ramping, and on GPUs with MXT_TRANSPORT_HOST alone so
-  // far; mxt_trainer_watch_updates is MXT_ERROR_UNSUPPORTED then. mxt_trainer_snapshot is collective,
+  // far; mxt_trainer_watch_updates is MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective,
   // and that of rank 0 has all that there is to save. What a rank kept is lost with it, and where a
   // group ends within a step, weights may be those of within it: go on from a checkpoint then. 0
   // (default): every rank keeps all.
@@ -1626,7 +1626,7 @@ mxt_status mxt_plan(const struct mxt_engine *engine,
 // make it, and that of rank 0 has all that there is to save.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (also where the host has less memory free),
-// MXT_ERROR_DEVICE, MXT_ERROR_BUSY, MXT_ERROR_PEER. The message is in mxt_last_error and on the
+// MXT_ERROR_DEVICE, MXT_ERROR_BUSY, MXT_ERROR_MISMATCH, MXT_ERROR_PEER. The message is in mxt_last_error and on the
 // trainer.
 mxt_status mxt_trainer_snapshot(struct mxt_trainer *trainer,
                                 struct mxt_snapshot **snapshot);
@@ -1637,8 +1637,9 @@ mxt_status mxt_trainer_snapshot(struct mxt_trainer *trainer,
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, after which the snapshot may hold nothing,
 // MXT_ERROR_DEVICE, after which neither can be used, MXT_ERROR_BUSY (another call is inside one of
-// them: the snapshot is then as it was), MXT_ERROR_PEER where it is collective (mxt_group's
-// shard_states). The message is in mxt_last_error and on the snapshot.
+// them: the snapshot is then as it was). Where it is collective (mxt_group's shard_states),
+// MXT_ERROR_MISMATCH and MXT_ERROR_PEER, after which it is as it was, unless a rank is lost while
+// others bring what they have: then it holds nothing. The message is in mxt_last_error and on the snapshot.
 mxt_status mxt_snapshot_renew(struct mxt_snapshot *snapshot,
                               struct mxt_trainer *trainer);
 
@@ -1666,7 +1667,8 @@ void mxt_snapshot_free(struct mxt_snapshot *snapshot);
 // what the one before has found. A step that is watched reads gradients and second moments once
 // more. It changes nothing of the run, bit for bit, and is not saved with it.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (the watch before stays), MXT_ERROR_BUSY.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (the watch before stays), MXT_ERROR_BUSY,
+// MXT_ERROR_INVALID_ARGUMENT in a group with shard_states.
 mxt_status mxt_trainer_watch_updates(struct mxt_trainer *trainer, uint64_t every);
 
 // Stores what the last update that was watched (mxt_trainer_watch_updates) did to the tensor of

@@ -82,7 +82,7 @@ pub enum mxt_transport {
 /// writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 /// has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
 /// alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
-/// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED) the others do not hear of: they wait, and the
+/// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this struct) the others do not hear of: they wait, and the
 /// rank has to make the call again, or end. All other calls, and freeing, are a rank's own, but for
 /// mxt_trainer_snapshot and mxt_snapshot_renew with shard_states. One group
 /// makes one call at a time: a second thread that makes another one on the same engine waits for it.
@@ -121,7 +121,7 @@ pub struct mxt_group {
     /// 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
     /// to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
     /// changes no bit. For adamw and muon without ramping, and on GPUs with MXT_TRANSPORT_HOST alone so
-    /// far; mxt_trainer_watch_updates is MXT_ERROR_UNSUPPORTED then. mxt_trainer_snapshot is collective,
+    /// far; mxt_trainer_watch_updates is MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective,
     /// and that of rank 0 has all that there is to save. What a rank kept is lost with it, and where a
     /// group ends within a step, weights may be those of within it: go on from a checkpoint then. 0
     /// (default): every rank keeps all.

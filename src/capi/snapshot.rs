@@ -43,7 +43,7 @@ impl Handle for mxt_snapshot {
 /// make it, and that of rank 0 has all that there is to save.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (also where the host has less memory free),
-/// MXT_ERROR_DEVICE, MXT_ERROR_BUSY, MXT_ERROR_PEER. The message is in mxt_last_error and on the
+/// MXT_ERROR_DEVICE, MXT_ERROR_BUSY, MXT_ERROR_MISMATCH, MXT_ERROR_PEER. The message is in mxt_last_error and on the
 /// trainer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_snapshot(
@@ -67,8 +67,9 @@ pub unsafe extern "C" fn mxt_trainer_snapshot(
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, after which the snapshot may hold nothing,
 /// MXT_ERROR_DEVICE, after which neither can be used, MXT_ERROR_BUSY (another call is inside one of
-/// them: the snapshot is then as it was), MXT_ERROR_PEER where it is collective (mxt_group's
-/// shard_states). The message is in mxt_last_error and on the snapshot.
+/// them: the snapshot is then as it was). Where it is collective (mxt_group's shard_states),
+/// MXT_ERROR_MISMATCH and MXT_ERROR_PEER, after which it is as it was, unless a rank is lost while
+/// others bring what they have: then it holds nothing. The message is in mxt_last_error and on the snapshot.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_snapshot_renew(
     snapshot: *mut mxt_snapshot,
@@ -94,8 +95,9 @@ fn copy_of(
     earlier: Option<&mut Option<Snapshot>>,
 ) -> Result<Snapshot, Failure> {
     let copied = trainer.exclusive(|trainer| {
+        trainer.agree_on_snapshot()?;
         let earlier = earlier.and_then(Option::take);
-        Ok(trainer.snapshot(earlier)?)
+        Ok(trainer.snapshot_in(earlier)?)
     });
     copied.inspect_err(|failure| {
         // What a failed GPU holds is not known any more.

@@ -94,7 +94,8 @@ impl mxt_weight_metrics {
 /// what the one before has found. A step that is watched reads gradients and second moments once
 /// more. It changes nothing of the run, bit for bit, and is not saved with it.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (the watch before stays), MXT_ERROR_BUSY.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (the watch before stays), MXT_ERROR_BUSY,
+/// MXT_ERROR_INVALID_ARGUMENT in a group with shard_states.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_watch_updates(
     trainer: *mut mxt_trainer,

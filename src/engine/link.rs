@@ -25,7 +25,7 @@ pub(super) fn link(
     let wanted = ranks.transport;
     let unsupported = |why: &str| {
         let (what, remedy) =
-            (format!("transport {wanted}"), format!("{why}; or use transport host"));
+            (format!("transport {wanted}"), format!("{why}; use transport auto or host"));
         Err(Error::Unsupported { what, remedy })
     };
     let Device::Cuda(cuda) = device else {

@@ -120,7 +120,7 @@ impl Engine {
             ("the chip, or MXT_CPU_ISA,", chip),
             ("seed", made.seed().to_string()),
             ("transport", ranks.transport.to_string()),
-            ("sharded states", ranks.shards_states.to_string()),
+            ("shard_states", ranks.shards_states.to_string()),
         ])?;
         let Ok(mut inner) = Arc::try_unwrap(made.0) else { unreachable!("nobody else has it") };
         let linked = link::link(&mut inner.device, &ranks);

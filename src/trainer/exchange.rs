@@ -12,14 +12,14 @@
 //! Every rank keeps all states of the optimizer and makes all of the update, or those of its own
 //! parameters alone, which it then gives to all others.
 
-use std::ops::Range;
 use std::time::Instant;
 
+use super::owners::Owners;
 use crate::backend::{Backend, Bucket, FlatGradients, Slot};
-use crate::comm::{Call, Counts, Joins, Ranks, Share, owned, sum_parts};
+use crate::comm::{Call, Counts, Joins, Ranks, Share, sum_parts};
 use crate::gpt::ParamTable;
 use crate::optim::Largest;
-use crate::reserve::{collect, reserve, zeros};
+use crate::reserve::{reserve, zeros};
 use crate::{Error, Result};
 
 /// Slices are of whole pieces, so that none ends within a vector of any kernel.
@@ -41,8 +41,7 @@ pub(super) struct Exchange<B: Backend> {
     pub(super) seconds: f64,
     /// Of devices that reach each other; others go through the host.
     buckets: Option<B::Buckets>,
-    /// The parameters of each rank, where ranks shard the optimizer's states; else nothing.
-    owned: Vec<Range<usize>>,
+    owners: Owners,
     /// On the host: what goes to others and comes back, and what comes from them.
     send: Vec<f32>,
     receive: Vec<f32>,
@@ -55,7 +54,7 @@ impl<B: Backend> Exchange<B> {
     pub(super) fn new(
         backend: &B,
         arena: &mut B::Arena,
-        (table, gradients): (&ParamTable, &FlatGradients<B>),
+        (table, gradients, owners): (&ParamTable, &FlatGradients<B>, Owners),
         share: Share,
         ranks: Option<&Ranks>,
         allocates: bool,
@@ -68,17 +67,15 @@ impl<B: Backend> Exchange<B> {
         let most = Joins::most_kept(share.lanes);
         let kept = (0..most).map(|_| backend.bytes(arena, gradients.len())).collect();
         if buckets.is_some() && ranks.is_some_and(|ranks| ranks.shards_states) {
-            return Err(Error::Unsupported {
-                what: "sharded states of GPUs that exchange without the host".into(),
-                remedy: "use transport host, or let every rank keep all states".into(),
-            });
+            let message = "expected transport host or auto, where GPUs exchange by way of the host; or \
+                           leave it out, so that every rank keeps all states";
+            return Err(Error::invalid("shard_states", message));
         }
         let elements = gradients.len() / size_of::<f32>();
         let staged = ranks.filter(|_| allocates && buckets.is_none());
         let bucket = staged.map_or(0, |ranks| bucket(elements, ranks.size()));
-        let owned = all_owned(table, ranks)?;
         // A tensor of this rank, and one of each.
-        let [mine, all] = staged.map_or([0; 2], |ranks| most_at_once(table, &owned, ranks));
+        let [mine, all] = staged.map_or([0; 2], |ranks| most_at_once(table, &owners, ranks));
         Ok(Self {
             share,
             kept,
@@ -86,7 +83,7 @@ impl<B: Backend> Exchange<B> {
             in_use: 0,
             seconds: 0.0,
             buckets,
-            owned,
+            owners,
             mine: zeros(WHAT, mine)?,
             all: zeros(WHAT, all)?,
             send: zeros(WHAT, bucket)?,
@@ -125,7 +122,7 @@ impl<B: Backend> Exchange<B> {
         let started = Instant::now();
         let (all, mine) = (0..ranks.size(), ranks.rank());
         for round in 0.. {
-            let of = |rank: usize| slots[self.owned[rank].clone()].get(round);
+            let of = |rank: usize| slots[self.owners.of(rank)].get(round);
             let len = |rank: usize| of(rank).map_or(0, |slot| slot.len);
             // Where those of a rank come, behind all before.
             let place = |rank: usize| (0..rank).map(len).sum::<usize>();
@@ -293,23 +290,15 @@ fn bucket(elements: usize, ranks: usize) -> usize {
     most.div_ceil(ranks).next_multiple_of(PIECE) * ranks
 }
 
-/// The parameters of each rank by their numbers, where they shard the optimizer's states.
-fn all_owned(table: &ParamTable, ranks: Option<&Ranks>) -> Result<Vec<Range<usize>>> {
-    let Some(ranks) = ranks.filter(|ranks| ranks.shards_states) else { return Ok(Vec::new()) };
-    let sizes = table.slots().iter().map(|slot| slot.len);
-    let all = (0..ranks.size()).map(|rank| Ok(owned(sizes.clone(), rank, ranks.size())));
-    collect("what ranks own", all)
-}
-
 /// Elements of the longest tensor that this rank owns, and of those that all ranks give around at once.
-fn most_at_once(table: &ParamTable, owned: &[Range<usize>], ranks: &Ranks) -> [usize; 2] {
-    let of = |rank: usize| table.slots()[owned[rank].clone()].iter().map(|slot| slot.len);
-    if owned.is_empty() {
+fn most_at_once(table: &ParamTable, owners: &Owners, ranks: &Ranks) -> [usize; 2] {
+    if !owners.is_shared() {
         return [0; 2];
     }
-    let rounds = (0..owned.len()).map(|rank| of(rank).len()).max().unwrap_or(0);
-    let in_round = |round| (0..owned.len()).filter_map(|rank| of(rank).nth(round)).sum();
-    [of(ranks.rank()).max().unwrap_or(0), (0..rounds).map(in_round).max().unwrap_or(0)]
+    let of = |rank: usize| table.slots()[owners.of(rank)].iter().map(|slot| slot.len);
+    let in_round = |round| (0..ranks.size()).filter_map(|rank| of(rank).nth(round)).sum();
+    let most = (0..owners.most()).map(in_round).max().unwrap_or(0);
+    [of(ranks.rank()).max().unwrap_or(0), most]
 }
 
 /// The gradients in ranges that are made one behind the other, from the last block on.

@@ -9,18 +9,18 @@ use super::batch::Batch;
 use super::exchange::Exchange;
 use super::follow::Followed;
 use super::merge::Merges;
+use super::owners::Owners;
 use super::ramping::Ramping;
 use crate::backend::{
     Backend, FlatGradients, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device,
 };
-use crate::comm::{Ranks, Share, owned};
+use crate::comm::{Ranks, Share};
 use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::optim::spam::STATISTICS;
-use crate::optim::{Optimizer, OptimizerKind};
 use crate::reserve::collect;
 use crate::run::TrainerOptions;
-use crate::{Engine, Error, Result};
+use crate::{Engine, Result};
 
 /// Bytes that a model and its trainer take, by purpose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -141,13 +141,8 @@ impl<B: Backend> Flat<B> {
         let gradients = FlatGradients::new(backend, arena, slots, kept)?;
         plan.gradients = cut.since_last();
         let arena = &mut cut.arena;
-        let owned = match ranks.filter(|ranks| ranks.shards_states) {
-            Some(ranks) => {
-                shards(optimizer)?;
-                owned(slots.iter().map(|slot| slot.len), ranks.rank(), ranks.size())
-            }
-            None => 0..slots.len(),
-        };
+        let owners = Owners::new(slots, optimizer, B::ALIGN, ranks)?;
+        let owned = ranks.map_or(0..slots.len(), |ranks| owners.of(ranks.rank()));
         let layouts = StateLayout::of_all(slots, optimizer, &owned, B::ALIGN)?;
         let states = layouts.iter().map(|layout| Ok(backend.bytes(arena, layout.bytes)));
         let states = collect("the states of the optimizer", states)?;
@@ -158,7 +153,7 @@ impl<B: Backend> Flat<B> {
         let ramping = Ramping::new(backend, arena, &table, optimizer, &layouts)?;
         plan.optimizer = cut.since_last();
         let share = Share::new(options.accumulation, options.lanes, ranks);
-        let of = (&table, &gradients);
+        let of = (&table, &gradients, owners);
         let exchange = Exchange::new(backend, &mut cut.arena, of, share, ranks, allocates)?;
         plan.exchange = cut.since_last();
         Ok(Self {
@@ -173,22 +168,6 @@ impl<B: Backend> Flat<B> {
             exchange,
         })
     }
-}
-
-/// Whether ranks can shard the states of an optimizer, whose update of a tensor then looks at nothing of
-/// others.
-///
-/// # Errors
-/// [`crate::Error::Unsupported`].
-fn shards(optimizer: &Optimizer) -> Result<()> {
-    let is_known = matches!(optimizer.kind, OptimizerKind::AdamW | OptimizerKind::Muon);
-    if is_known && optimizer.ramping == 0 {
-        return Ok(());
-    }
-    Err(Error::Unsupported {
-        what: format!("sharded states of {optimizer}"),
-        remedy: "use adamw or muon without ramping, or a group whose ranks keep all states".into(),
-    })
 }
 
 impl<B: Backend> Buffers<B> {

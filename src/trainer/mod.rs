@@ -8,6 +8,7 @@ mod exchange;
 mod follow;
 mod memory;
 mod merge;
+mod owners;
 mod ramping;
 mod save;
 mod sharpness;
@@ -713,14 +714,12 @@ impl Trainer {
     /// waits for the device; nothing of the run changes, and checkpoints do not have it.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; [`Error::Unsupported`] in a group that shards the optimizer's states.
+    /// [`Error::OutOfMemory`]; [`Error::InvalidArgument`] in a group that shards the optimizer's states.
     pub fn watch_updates(&mut self, every: u64) -> Result<()> {
         let Self { run, model, .. } = self;
         if every > 0 && model.engine().shards_states() {
-            return Err(Error::Unsupported {
-                what: "updates that are watched, where ranks shard the optimizer's states".into(),
-                remedy: "let every rank keep all states".into(),
-            });
+            let message = "expected that every rank keeps all states, where updates are watched";
+            return Err(Error::invalid("shard_states", message));
         }
         on_device!(run, run => {
             let of = || Updates::new(&run.model, model, every);

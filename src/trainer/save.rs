@@ -1,14 +1,14 @@
 //! What a checkpoint has of a trainer: read from its device, or from a copy of it on the host.
 
-use std::ops::Range;
 use std::path::Path;
 
 use super::memory::Flat;
+use super::owners::Owners;
 use super::source::Source;
 use super::{Run, Trainer, follow, states};
 use crate::backend::{Backend, HostBuffer, Slot, StateLayout, on_device};
 use crate::checkpoint::{self, TensorRead, TrainerPart};
-use crate::comm::{Call, Ranks, owned};
+use crate::comm::{Call, Ranks};
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::spam::STATISTICS;
@@ -255,6 +255,18 @@ impl Trainer {
     /// [`Error::OutOfMemory`], also where the host has less memory free; [`Error::Device`];
     /// [`Error::Peer`].
     pub fn snapshot(&mut self, earlier: Option<Snapshot>) -> Result<Snapshot> {
+        self.agree_on_snapshot()?;
+        self.snapshot_in(earlier)
+    }
+
+    /// Whether all ranks make one that have to, before an earlier one is given up for it.
+    pub(crate) fn agree_on_snapshot(&self) -> Result<()> {
+        let ranks = self.model.engine().ranks().filter(|ranks| ranks.shards_states);
+        ranks.map_or(Ok(()), |ranks| ranks.agree(Call::Gather { step: self.state.step }, Ok(())))
+    }
+
+    /// [`Trainer::snapshot`] behind that.
+    pub(crate) fn snapshot_in(&mut self, earlier: Option<Snapshot>) -> Result<Snapshot> {
         let (model, state) = (&self.model, &self.state);
         let mut copy = earlier.unwrap_or_else(|| Snapshot::empty(model, state));
         (copy.model, copy.state, copy.is_whole) = (model.clone(), state.clone(), true);
@@ -360,8 +372,7 @@ impl<B: Backend> Run<B> {
 struct Gather {
     /// The layouts of all.
     whole: Vec<StateLayout>,
-    /// What each rank owns.
-    owned: Vec<Range<usize>>,
+    owners: Owners,
     /// A state of a tensor of this rank, with its scales, and on rank 0 those of one of each.
     mine: Vec<u8>,
     all: Vec<u8>,
@@ -373,14 +384,12 @@ impl Gather {
     fn new<B: Backend>(run: &Run<B>, optimizer: &Optimizer, ranks: &Ranks) -> Result<Self> {
         let (slots, size) = (run.model.table.slots(), ranks.size());
         let whole = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
-        let sizes = slots.iter().map(|slot| slot.len);
-        let owned = (0..size).map(|rank| Ok(owned(sizes.clone(), rank, size)));
-        let owned = collect(WHAT, owned)?;
+        let owners = Owners::new(slots, optimizer, B::ALIGN, Some(ranks))?;
         let (mine, all, room) = (Vec::new(), Vec::new(), zeros(WHAT, PART)?);
-        let mut made = Self { whole, owned, mine, all, room };
+        let mut made = Self { whole, owners, mine, all, room };
         let (mut mine, mut all) = (0, 0);
         for state in 0..made.whole.len() {
-            for round in 0..made.rounds() {
+            for round in 0..made.owners.most() {
                 let of = |rank| made.len(state, rank, round);
                 mine = mine.max(of(ranks.rank()));
                 all = all.max((0..size).map(of).sum());
@@ -391,13 +400,9 @@ impl Gather {
         Ok(made)
     }
 
-    fn rounds(&self) -> usize {
-        self.owned.iter().map(Range::len).max().unwrap_or(0)
-    }
-
     /// The tensor of a rank in a round.
     fn tensor(&self, rank: usize, round: usize) -> Option<usize> {
-        self.owned[rank].clone().nth(round)
+        self.owners.of(rank).nth(round)
     }
 
     /// Bytes of a state of it, and of its scales.
@@ -421,7 +426,7 @@ impl<B: Backend> Run<B> {
             [&mut gather.mine, &mut gather.all, &mut gather.room].map(std::mem::take);
         let gather = gather;
         for state in 0..gather.whole.len() {
-            for round in 0..gather.rounds() {
+            for round in 0..gather.owners.most() {
                 let len = |rank| gather.len(state, rank, round);
                 let place = |rank: usize| (0..rank).map(len).sum::<usize>();
                 let longest = (0..ranks.size()).map(len).max().unwrap_or(0);

@@ -315,8 +315,9 @@ pub(crate) struct StartArgs {
     pub(crate) init_from: Option<PathBuf>,
 
     /// Go on with the run saved in a checkpoint folder, with the options that it was started with,
-    /// but for --weights-every, --save-in-background, --tensorboard, --save-fallback, and --log
-    /// unless it is a file in that folder: where else to write is not for a checkpoint to say
+    /// but for how many processes there are and what they keep, --weights-every, --save-in-background,
+    /// --tensorboard, --save-fallback, and --log unless it is a file in that folder: where else to
+    /// write is not for a checkpoint to say
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 

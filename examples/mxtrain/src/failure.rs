@@ -89,8 +89,9 @@ fn option_name(what: &str) -> String {
         "accumulation" | "batch_size" | "beta1" | "beta2" | "channels" | "clip" | "decay_steps"
         | "device" | "draft" | "draft_tokens" | "heads" | "lanes" | "layers" | "lr" | "min_lr"
         | "min_p" | "mlp_channels" | "prompt" | "recipe" | "repetition_penalty" | "schedule"
-        | "sequence_length" | "sharpness" | "temperature" | "threads" | "token_drop"
-        | "token_type" | "top_k" | "top_p" | "vocab_size" | "weight_decay" | "weights" => what,
+        | "sequence_length" | "shard_states" | "sharpness" | "temperature" | "threads"
+        | "token_drop" | "token_type" | "top_k" | "top_p" | "vocab_size" | "weight_decay"
+        | "weights" => what,
         other => return other.to_owned(),
     };
     format!("--{}", option.replace('_', "-"))

@@ -97,9 +97,12 @@ fn what_cannot_be_is_refused_before_any_process_starts() {
         ("--ranks 2 --accumulation 3", "--accumulation: expected a multiple of 2, the lanes"),
         ("--ranks 2 --lanes 3 --accumulation 3", "ranks may be 1, 3"),
         ("--ranks 2 --heads 3", "3 heads do not divide"),
-        ("--ranks 2 --transport nccl", "transport nccl"),
+        ("--ranks 2 --transport nccl", "use transport auto or host"),
         ("--ranks 2 --transport rdma", "expected auto, host, nccl or peer"),
-        ("--ranks 2 --shard-states --optimizer stable-adamw", "use adamw or muon"),
+        (
+            "--ranks 2 --shard-states --optimizer stable-adamw",
+            "--shard-states: expected adamw or muon, without ramping, got stable-adamw",
+        ),
     ] {
         let message = refuse(dir.path(), &format!("train {MODEL} --out x {line}"));
         assert!(message.contains(expected), "{line}: {message}");
