@@ -144,6 +144,44 @@ static int alone(struct place *place) {
   return 0;
 }
 
+/* States that are kept by one rank each: the same files, and snapshots that all make. */
+static int shards(struct place *place) {
+  mxt_group group = group_of(place);
+  mxt_engine_options options;
+  mxt_engine *engine = NULL;
+  OK(mxt_engine_options_init(&options, sizeof options));
+  options.threads = 1;
+  options.group = &group;
+  group.shard_states = 1;
+  OK(mxt_engine_new(&options, &engine));
+  mxt_model *model = new_model(engine);
+  mxt_dataset *dataset = new_dataset();
+  mxt_trainer *trainer = trainer_of(model);
+  work(trainer, dataset, "sharded", shared->losses[place->rank]);
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "shard_states", mxt_trainer_watch_updates(trainer, 1));
+  mxt_snapshot *snapshot = NULL;
+  OK(mxt_trainer_snapshot(trainer, &snapshot));
+  if (place->rank == 0) OK(mxt_snapshot_save(snapshot, in_folder(folder, "copied")));
+  else FAILS(MXT_ERROR_INVALID_ARGUMENT, "rank 0", mxt_snapshot_save(snapshot, folder));
+  step(trainer, dataset);
+  /* One that calls something else: nothing is lost, neither the snapshot nor the group. */
+  if (place->rank == 0)
+    FAILS(MXT_ERROR_MISMATCH, "copies step", mxt_snapshot_renew(snapshot, trainer));
+  else FAILS(MXT_ERROR_MISMATCH, "copies step", mxt_trainer_step(trainer, dataset, NULL));
+  if (place->rank == 0) OK(mxt_snapshot_save(snapshot, in_folder(folder, "copied")));
+  OK(mxt_snapshot_renew(snapshot, trainer));
+  mxt_trainer_options how = small_options();
+  how.optimizer = "stable-adamw";
+  mxt_trainer *other = NULL;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "got stable-adamw", mxt_trainer_new(model, &how, &other));
+  mxt_snapshot_free(snapshot);
+  mxt_trainer_free(trainer);
+  mxt_dataset_free(dataset);
+  mxt_model_free(model);
+  mxt_engine_free(engine);
+  return 0;
+}
+
 /* What is wrong with a group, before and while ranks meet. */
 static int is_refused(struct place *place) {
   mxt_engine_options options;
@@ -158,6 +196,16 @@ static int is_refused(struct place *place) {
   group.rank = group.size;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "group: expected a rank below",
         mxt_engine_new(&options, &engine));
+  group = group_of(place);
+  group.transport = 4;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_TRANSPORT_PEER (3), got 4",
+        mxt_engine_new(&options, &engine));
+  group.transport = MXT_TRANSPORT_AUTO;
+  group.timeout_seconds = 0;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "timeout_seconds", mxt_engine_new(&options, &engine));
+  group.timeout_seconds = UINT64_MAX;
+  group.shard_states = 2;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "shard_states", mxt_engine_new(&options, &engine));
   group.struct_size = 12;
   FAILS(MXT_ERROR_STRUCT_SIZE, "group", mxt_engine_new(&options, &engine));
   CHECK(place->calls == 0);
@@ -232,6 +280,21 @@ int main(int argc, char **argv) {
     check_same_file(paths[0], paths[1], "model.safetensors");
     check_same_file(paths[0], paths[1], "trainer.safetensors");
     check_same_file(paths[0], paths[1], "trainer.json");
+    munmap(meeting, sizeof *meeting);
+    meeting = new_meeting(size);
+    start_ranks(meeting, shards, pids);
+    end_ranks(meeting, pids, codes);
+    for (uint32_t rank = 0; rank < size; rank++) {
+      CHECK(codes[rank] == 0);
+      CHECK(memcmp(shared->losses[rank], expected, sizeof expected) == 0);
+    }
+    for (int copied = 0; copied < 2; copied++) {
+      const char *name = copied ? "copied" : "sharded";
+      snprintf(paths[1], sizeof paths[1], "%s", in_folder(folder, name));
+      check_same_file(paths[0], paths[1], "model.safetensors");
+      check_same_file(paths[0], paths[1], "trainer.safetensors");
+      check_same_file(paths[0], paths[1], "trainer.json");
+    }
     munmap(meeting, sizeof *meeting);
   }
   struct meeting *meeting = new_meeting(2);
