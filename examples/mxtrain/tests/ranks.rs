@@ -110,9 +110,33 @@ fn what_cannot_be_is_refused_before_any_process_starts() {
     }
 }
 
+/// What a process that is killed has kept alone is lost, and it is said how to go on.
+#[test]
+fn a_process_that_is_killed_takes_its_states() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    let child = long_run_with(dir.path(), "--shard-states --save-every 5");
+    wait_for(|| steps(&dir.path().join("log")).len() > 12);
+    let victim = &followers(&child)[0];
+    assert!(std::process::Command::new("kill").args(["-9", victim]).status().unwrap().success());
+    let (code, _, error) = end(child);
+    assert_eq!(code, Some(1), "{error}");
+    assert!(error.contains("is lost with the states that another process kept"), "{error}");
+    let (_, command) = error.split_once("go on with: mxtrain ").expect("a command");
+    let command = command.split([';', '\n']).next().unwrap();
+    let (_, step) = error.rsplit_once("x holds step ").expect("a step");
+    let step: u64 = step.trim().parse().expect("a number");
+    succeed(dir.path(), &format!("{command} --steps {} --device cpu", step + 3));
+}
+
 /// A run that goes on for long, when it has begun.
 fn long_run(dir: &Path) -> Child {
-    let line = format!("train {MODEL} --steps 1000000 --eval-every 0 --ranks 3 --out x --log log");
+    long_run_with(dir, "")
+}
+
+fn long_run_with(dir: &Path, how: &str) -> Child {
+    let line =
+        format!("train {MODEL} --steps 1000000 --eval-every 0 --ranks 3 --out x --log log {how}");
     let child = start(dir, mxtrain().args(line.split_whitespace()));
     wait_for(|| !steps(&dir.join("log")).is_empty());
     child

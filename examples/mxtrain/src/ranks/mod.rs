@@ -558,6 +558,11 @@ impl Team {
         self.trainer.snapshot(earlier)
     }
 
+    /// Whether a process is gone with states that it alone kept.
+    pub(crate) fn has_lost_states(&self) -> bool {
+        self.shards_states() && self.trainer.model().engine().has_lost_its_group()
+    }
+
     fn shards_states(&self) -> bool {
         self.trainer.model().engine().shards_states()
     }

@@ -213,6 +213,12 @@ impl Saves {
             // Beside it, by an earlier try.
             return Ok(());
         }
+        if trainer.has_lost_states() {
+            return Err(Failure::runtime(format!(
+                "step {step} is lost with the states that another process kept; go on with: {}",
+                self.resume(&self.out)
+            )));
+        }
         let reasons = match self.beside {
             Some(_) => format!("{} still cannot be written", self.out.display()),
             None => failure.message,
