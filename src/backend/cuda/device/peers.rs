@@ -45,9 +45,14 @@ fn process() -> [u64; 2] {
     static DRAWN: OnceLock<[u64; 2]> = OnceLock::new();
     *DRAWN.get_or_init(|| {
         let mut drawn = [u64::from(std::process::id()), std::ptr::from_ref(&DRAWN) as u64];
-        // SAFETY: writes as many bytes. Where there are none, the number and the place, which is
-        // random as well, have to do.
-        let _ = unsafe { libc::getrandom(drawn.as_mut_ptr().cast(), size_of_val(&drawn), 0) };
+        // Where there is no such call, the number and the place, which is random as well, have to do.
+        // NOTE: by its number, since the function of this name is younger than the oldest glibc that
+        // the library runs with.
+        // SAFETY: writes as many bytes.
+        let _ = unsafe {
+            let bytes = drawn.as_mut_ptr().cast::<c_void>();
+            libc::syscall(libc::SYS_getrandom, bytes, size_of_val(&drawn), 0)
+        };
         drawn
     })
 }
