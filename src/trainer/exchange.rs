@@ -41,7 +41,7 @@ pub(super) struct Exchange<B: Backend> {
     pub(super) seconds: f64,
     /// Of devices that reach each other; others go through the host.
     buckets: Option<B::Buckets>,
-    owners: Owners,
+    pub(super) owners: Owners,
     /// On the host: what goes to others and comes back, and what comes from them.
     send: Vec<f32>,
     receive: Vec<f32>,

@@ -369,10 +369,10 @@ impl<B: Backend> Run<B> {
 }
 
 /// What bringing the states of all ranks together needs.
-struct Gather {
+struct Gather<'a> {
     /// The layouts of all.
     whole: Vec<StateLayout>,
-    owners: Owners,
+    owners: &'a Owners,
     /// A state of a tensor of this rank, with its scales, and on rank 0 those of one of each.
     mine: Vec<u8>,
     all: Vec<u8>,
@@ -380,11 +380,11 @@ struct Gather {
     room: Vec<u8>,
 }
 
-impl Gather {
-    fn new<B: Backend>(run: &Run<B>, optimizer: &Optimizer, ranks: &Ranks) -> Result<Self> {
+impl<'a> Gather<'a> {
+    fn new<B: Backend>(run: &'a Run<B>, optimizer: &Optimizer, ranks: &Ranks) -> Result<Self> {
         let (slots, size) = (run.model.table.slots(), ranks.size());
         let whole = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
-        let owners = Owners::new(slots, optimizer, B::ALIGN, Some(ranks))?;
+        let owners = &run.buffers.flat.exchange.owners;
         let (mine, all, room) = (Vec::new(), Vec::new(), zeros(WHAT, PART)?);
         let mut made = Self { whole, owners, mine, all, room };
         let (mut mine, mut all) = (0, 0);
@@ -420,7 +420,12 @@ impl Gather {
 impl<B: Backend> Run<B> {
     /// Brings what other ranks keep to rank 0's copy: the first tensors of all of them, then the second
     /// ones.
-    fn gather_states(&self, mut gather: Gather, copy: &mut Snapshot, ranks: &Ranks) -> Result<()> {
+    fn gather_states(
+        &self,
+        mut gather: Gather<'_>,
+        copy: &mut Snapshot,
+        ranks: &Ranks,
+    ) -> Result<()> {
         let (backend, flat) = (&*self.model.backend, &self.buffers.flat);
         let [mut mine, mut all, mut room] =
             [&mut gather.mine, &mut gather.all, &mut gather.room].map(std::mem::take);
