@@ -50,3 +50,20 @@ def optimizer_of(model):
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+
+
+def step_of(model, compiled, optimizer, shape):
+    """A training step in bf16 on random tokens of a batch, length and vocabulary; gives the loss."""
+    batch, length, vocab = shape
+
+    def step():
+        window = torch.randint(vocab, (batch, length + 1), device="cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = compiled(window[:, :-1], window[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step

@@ -17,7 +17,7 @@ import time
 
 import fp8
 import torch
-from gpt import GPT, optimizer_of
+from gpt import GPT, optimizer_of, step_of
 from torch import nn
 
 # layers, channels, heads, batch, sequence, vocabulary: the same as benches/train_step.rs.
@@ -45,16 +45,7 @@ def pytorch(shape, steps, mode, linear=nn.Linear):
             block.compile(mode=mode)
         model.loss = torch.compile(model.loss, mode=mode)
 
-    def step():
-        window = torch.randint(vocab, (batch, length + 1), device="cuda")
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = compiled(window[:, :-1], window[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
+    step = step_of(model, compiled, optimizer, (batch, length, vocab))
     for _ in range(3):  # compile, and allocate the moments
         loss = step()
     assert math.isfinite(loss.item())

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gpt import GPT, optimizer_of
+from gpt import GPT, optimizer_of, step_of
 from gpu import MODELS
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,16 +41,7 @@ def ddp(rank, gpus, port, shape, steps, report):
     compiled = torch.compile(DistributedDataParallel(model, device_ids=[rank]))
     torch.manual_seed(rank)
 
-    def step():
-        window = torch.randint(vocab, (batch, length + 1), device="cuda")
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = compiled(window[:, :-1], window[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
+    step = step_of(model, compiled, optimizer, (batch, length, vocab))
     for _ in range(WARM):
         loss = step()
     assert math.isfinite(loss.item())
@@ -89,7 +80,7 @@ def records(log):
 
 
 def of_mxtrain(options, shape, where, steps):
-    """Median seconds of a step, and of its exchange that nothing hides; and the losses."""
+    """Median seconds of a step, and of its exchange that nothing hides."""
     layers, channels, heads, batch, length, vocab = shape
     with tempfile.TemporaryDirectory() as folder:
         log = os.path.join(folder, "log.jsonl")
