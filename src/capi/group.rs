@@ -82,13 +82,14 @@ pub enum mxt_transport {
 /// writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 /// has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
 /// alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
-/// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this struct) the others do not hear of: they wait, and the
-/// rank has to make the call again, or end. All other calls, and freeing, are a rank's own, but for
-/// mxt_trainer_snapshot and mxt_snapshot_renew with shard_states. One group
-/// makes one call at a time: a second thread that makes another one on the same engine waits for it.
+/// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this
+/// struct) the others do not hear of: they wait, and the rank has to make the call again, or end. All
+/// other calls, and freeing, are a rank's own, but for mxt_trainer_snapshot and mxt_snapshot_renew
+/// with shard_states. One group makes one call at a time: a second thread that makes another one on
+/// the same engine waits for it.
 ///
-/// Where NCCL carries gradients, it starts threads of its own in mxt_engine_new, and takes some hundred
-/// MiB of the GPU beside what is planned. It is given back on a thread that mxt_engine_free, or what
+/// Where NCCL carries gradients, it starts threads of its own in mxt_engine_new, and takes about
+/// a GiB of the GPU beside what is planned. It is given back on a thread that mxt_engine_free, or what
 /// frees the last of the engine, waits half a second for.
 #[derive(Clone, Copy)]
 #[repr(C)]

@@ -93,8 +93,8 @@ impl Group {
 
     /// With the optimizer's states of each tensor on one rank alone, which updates it and gives it to all
     /// others (ZeRO-1), the same on all ranks. It changes no bit. For `adamw` and `muon` without
-    /// `ramping`, and on GPUs with [`Transport::Host`] alone so far; what a rank kept is lost with it. [`crate::Trainer::snapshot`] is collective then, and
-    /// rank 0 has what it copies.
+    /// `ramping`, and on GPUs with [`Transport::Host`] alone so far; what a rank kept is lost with it.
+    /// [`crate::Trainer::snapshot`] is collective then, and rank 0 has what it copies.
     #[must_use]
     pub fn with_sharded_states(self, shards_states: bool) -> Self {
         Self { shards_states, ..self }

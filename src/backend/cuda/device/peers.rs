@@ -147,7 +147,7 @@ pub(crate) enum Told {
     Aborted = 2,
 }
 
-/// Ranks of whom one kernel reaches all memory, as there.
+/// Ranks of whom one kernel reaches all memory, as kernels/exchange.cu has it.
 pub(crate) const MOST_PEERS: usize = 8;
 
 /// Bytes of what one rank tells another.
