@@ -4,17 +4,21 @@
 // Here moments and, but for their squares, gradients are f32; optimize_moments.cu has those that are
 // stored in less.
 
-// partials (grid) = sums of the squares of the gradients that a block saw. Grid: fixed; block: 256.
-__global__ void square_gradients(double *partials, const Entry *table, u32 entries,
+// partials (pieces) = sums of the squares of the gradients of a piece, of those from `first` up to
+// `pieces`. What a piece is does not depend on the grid or on the rank that sums it, so that the sum
+// of all has the same bits everywhere. A warp takes a piece. Grid: any; block: 256.
+__global__ void square_gradients(double *partials, const Entry *table, u32 entries, u64 first,
                                  u64 pieces) {
   begin();
-  __shared__ double scratch[WARP];
-  double total = 0.0;
-  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+  u32 lane = threadIdx.x % WARP;
+  u64 warp = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+  u64 warps = (u64)gridDim.x * blockDim.x / WARP;
+  for (u64 piece = first + warp; piece < pieces; piece += warps) {
     const Entry *e = find(table, entries, piece);
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
-    u64 i = start + threadIdx.x * 4;
-    for (; i + 4 <= end; i += blockDim.x * 4) {
+    double total = 0.0;
+    u64 i = start + lane * 4;
+    for (; i + 4 <= end; i += WARP * 4) {
       float4 g = gradients(e, i);
       total += (double)g.x * g.x + (double)g.y * g.y + (double)g.z * g.z + (double)g.w * g.w;
     }
@@ -22,9 +26,10 @@ __global__ void square_gradients(double *partials, const Entry *table, u32 entri
       double g = gradient(e, i);
       total += g * g;
     }
+#pragma unroll
+    for (int i = WARP / 2; i > 0; i /= 2) total += __shfl_xor_sync(FULL_WARP, total, i);
+    if (lane == 0) partials[piece] = total;
   }
-  total = block_sum_double(total, scratch);
-  if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
 // *sum += the sum of losses (rows), or without `accumulate` = it. Grid: 1; block: 1024.
@@ -37,21 +42,26 @@ __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accum
   if (threadIdx.x == 0) *sum = accumulate ? *sum + total : total;
 }
 
-// sums[1] = the sum of the partials, in order; sums[2] = *clamped, which starts again from 0. Makes
-// the largest magnitudes ready for the update, if there will be one. sums: losses, squares, clamped
-// blocks. Grid: 1; block: 256.
-__global__ void sum_squares(double *sums, u32 *clamped, const double *partials, u32 parts,
-                            const Entry *table, u32 entries, Step s) {
+// sums[1] = the sum of the partials, in one order; sums[2] = *clamped, which starts again from 0.
+// Makes the largest magnitudes of `count` parameters from `first` on ready for the update, if there
+// will be one. sums: losses, squares, clamped blocks. Grid: 1; block: 1024.
+__global__ void sum_squares(double *sums, u32 *clamped, const double *partials, u64 parts,
+                            const Entry *table, u32 first, u32 count, Step s) {
   begin();
   __shared__ double scratch[WARP];
-  double total = 0.0;
-  for (u32 i = threadIdx.x; i < parts; i += blockDim.x) total += partials[i];
-  total = block_sum_double(total, scratch);
+  // Several chains, since there is one block and what it waits for is far.
+  double chains[4] = {};
+  u64 i = threadIdx.x;
+  for (; i + 3 * blockDim.x < parts; i += 4 * blockDim.x)
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) chains[k] += partials[i + k * blockDim.x];
+  for (; i < parts; i += blockDim.x) chains[0] += partials[i];
+  double total = block_sum_double((chains[0] + chains[1]) + (chains[2] + chains[3]), scratch);
   if (threadIdx.x == 0) sums[1] = total, sums[2] = (double)*clamped, *clamped = 0;
   __syncthreads();
   float norm;
   if (is_allowed(sums, s, norm))
-    for (u32 i = threadIdx.x; i < entries; i += blockDim.x) *table[i].amax = 0;
+    for (u32 i = threadIdx.x; i < count; i += blockDim.x) *table[first + i].amax = 0;
 }
 
 // partials (pieces) = sums over a piece of g^2 / max(u, epsilon^2), u the corrected second moment
@@ -96,24 +106,24 @@ __global__ void find_rates(float2 *rates, const double *partials, const Entry *t
   rates[blockIdx.x] = make_float2(rate, (float)((double)rate / correction));
 }
 
-// One update of every parameter, unless loss or gradient norm is not finite or the norm above the
-// limit. sums: as above. rates: of `find_rates`, or null for the step's own. With `trial` (entries,
+// One update of every parameter of which there is a piece from `first` up to `pieces`, unless loss or
+// gradient norm is not finite or the norm above the limit. sums: as above. rates: of `find_rates`, or null for the step's own. With `trial` (entries,
 // 3), zeros before, nothing is stored but the bits of the largest magnitudes that the update would
 // leave of each parameter: weights, first and second moments. It is the same code, so that both see
 // the same numbers.
-__device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 pieces,
-                                           const double *sums, const float2 *rates, u32 *trial,
-                                           const Step &s) {
+__device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 first,
+                                           u64 pieces, const double *sums, const float2 *rates,
+                                           u32 *trial, const Step &s) {
   float norm;
   if (!is_allowed(sums, s, norm)) return;
   float scale = clipping(norm, s);
-  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+  for (u64 piece = first + blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
     if (!e->v) continue;
     float lr = rates ? rates[e - table].x : s.lr, size = rates ? rates[e - table].y : s.size;
     float keep = e->decays ? 1.0f - lr * s.weight_decay : 1.0f;
     float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
-    float *first = (float *)e->m, *second = (float *)e->v;
+    float *of_m = (float *)e->m, *of_v = (float *)e->v;
     const float *of_losses = (const float *)e->gradient;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     auto update = [&](float &p, float &m, float &v, float g) {
@@ -127,18 +137,18 @@ __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 
     u64 i = start + threadIdx.x * 4;
     for (; i + 4 <= end; i += blockDim.x * 4) {
       float4 g = *(const float4 *)(of_losses + i), p = *(float4 *)(e->param + i);
-      float4 m = *(float4 *)(first + i), v = *(float4 *)(second + i);
+      float4 m = *(float4 *)(of_m + i), v = *(float4 *)(of_v + i);
       update(p.x, m.x, v.x, g.x), update(p.y, m.y, v.y, g.y);
       update(p.z, m.z, v.z, g.z), update(p.w, m.w, v.w, g.w);
       if (trial) continue;
-      *(float4 *)(e->param + i) = p, *(float4 *)(first + i) = m, *(float4 *)(second + i) = v;
+      *(float4 *)(e->param + i) = p, *(float4 *)(of_m + i) = m, *(float4 *)(of_v + i) = v;
       *(uint2 *)(e->copy + i) = make_uint2(pack_bf16(p.x, p.y), pack_bf16(p.z, p.w));
     }
     for (; i < end; i++) {
-      float p = e->param[i], m = first[i], v = second[i];
+      float p = e->param[i], m = of_m[i], v = of_v[i];
       update(p, m, v, of_losses[i]);
       if (trial) continue;
-      e->param[i] = p, first[i] = m, second[i] = v;
+      e->param[i] = p, of_m[i] = m, of_v[i] = v;
       e->copy[i] = from_f32<bf16>(p);
     }
     u32 *of_one = trial + 3 * (e - table);
@@ -148,15 +158,15 @@ __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 
 }
 
 // Grid: any; block: 256.
-__global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums, u32 *trial,
-                      Step s) {
+__global__ void adamw(const Entry *table, u32 entries, u64 first, u64 pieces, const double *sums,
+                      u32 *trial, Step s) {
   begin();
-  update_all(table, entries, pieces, sums, nullptr, trial, s);
+  update_all(table, entries, first, pieces, sums, nullptr, trial, s);
 }
-__global__ void stable_adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
-                             const float2 *rates, u32 *trial, Step s) {
+__global__ void stable_adamw(const Entry *table, u32 entries, u64 first, u64 pieces,
+                             const double *sums, const float2 *rates, u32 *trial, Step s) {
   begin();
-  update_all(table, entries, pieces, sums, rates, trial, s);
+  update_all(table, entries, first, pieces, sums, rates, trial, s);
 }
 
 // copy (len) = param (len), to nearest even; *amax, which is 0 before, the bits of the largest

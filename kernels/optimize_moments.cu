@@ -161,15 +161,15 @@ constexpr bool has(u32 of_matrices, u32 element) {
 // each.
 template <u32 OF_MATRICES, u32 SPLIT>
 __global__ void __launch_bounds__(THREADS, UPDATE_BLOCKS)
-    update_stored(const Entry *table, u32 entries, u64 pieces, u64 run, const double *sums,
-                  const float2 *rates, const Normal *normals, u32 *trial, Step s, Moments moments,
-                  const float2 *before) {
+    update_stored(const Entry *table, u32 entries, u64 start, u64 pieces, u64 run,
+                  const double *sums, const float2 *rates, const Normal *normals, u32 *trial,
+                  Step s, Moments moments, const float2 *before) {
   begin();
   __shared__ Meanings meanings;
   float norm;
   if (!is_allowed(sums, s, norm)) return;
   fill(meanings);
-  for (u64 first = blockIdx.x * run; first < pieces; first += gridDim.x * run) {
+  for (u64 first = start + blockIdx.x * run; first < pieces; first += gridDim.x * run) {
     u64 last = min(first + run, pieces);
     for (u64 piece = first, next; piece < last; piece = next) {
       const Entry *at = find(table, entries, piece);
@@ -179,15 +179,15 @@ __global__ void __launch_bounds__(THREADS, UPDATE_BLOCKS)
       float lr = rates ? rates[number].x : s.lr, size = rates ? rates[number].y : s.size;
       const Normal *normal = normals ? normals + number : nullptr;
       float scale = __fmul_rn(normal ? normal->scale : 1.0f, clipping(norm, s));
-      u64 start = (piece - at->first_piece) * PIECE;
-      u32 len = (u32)min(at->len - start, (next - piece) * PIECE);
+      u64 element = (piece - at->first_piece) * PIECE;
+      u32 len = (u32)min(at->len - element, (next - piece) * PIECE);
       // A copy, because stores could change what pointers lead to, as far as the compiler knows.
-      const Entry e = at_element(*at, start);
+      const Entry e = at_element(*at, element);
 #define UPDATE(first, second) \
   if constexpr (has(OF_MATRICES, first)) \
     if (e.element[0] == first) \
       update_elements<OF_MATRICES == ANY, first, second, SPLIT>( \
-          e, number, start, len, lr, size, scale, trial, s, normal, moments, meanings, before);
+          e, number, element, len, lr, size, scale, trial, s, normal, moments, meanings, before);
       UPDATE(INT8, INT8)
       UPDATE(BF16, BF16)
       UPDATE(E4M3, F16)

@@ -11,19 +11,19 @@ __device__ __forceinline__ float mean(float beta, float moment, float number) {
 // One step of every parameter, unless loss or gradient norm is not finite or the norm above the
 // limit. sums, trial: as of `adamw` in optimize.cu; a trial notes the larger of first moments and
 // sums. Grid: any; block: 256.
-__global__ void update_ramping(const Entry *table, u32 entries, u64 pieces, const double *sums,
-                               u32 *trial, Step s) {
+__global__ void update_ramping(const Entry *table, u32 entries, u64 first, u64 pieces,
+                               const double *sums, u32 *trial, Step s) {
   begin();
   float norm;
   if (!is_allowed(sums, s, norm)) return;
-  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+  for (u64 piece = first + blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
     float keep = e->decays ? __fsub_rn(1.0f, __fmul_rn(s.lr, s.weight_decay)) : 1.0f;
     float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
-    float *first = (float *)e->m, *second = (float *)e->v;
+    float *of_m = (float *)e->m, *of_v = (float *)e->v;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     for (u64 i = start + threadIdx.x; i < end; i += blockDim.x) {
-      float p = __fmul_rn(e->param[i], keep), m = first[i], v = second[i];
+      float p = __fmul_rn(e->param[i], keep), m = of_m[i], v = of_v[i];
       float count = 1.0f, sum = ((const float *)e->gradient)[i], times = 1.0f;
       if (e->interval) {
         count = __fadd_rn(e->count[i], 1.0f), sum = __fadd_rn(e->sum[i], sum);
@@ -42,7 +42,7 @@ __global__ void update_ramping(const Entry *table, u32 entries, u64 pieces, cons
         largest_v = max_nan(largest_v, fabsf(v));
         continue;
       }
-      e->param[i] = p, e->copy[i] = from_f32<bf16>(p), first[i] = m, second[i] = v;
+      e->param[i] = p, e->copy[i] = from_f32<bf16>(p), of_m[i] = m, of_v[i] = v;
       if (e->interval) e->count[i] = count, e->sum[i] = sum;
     }
     u32 *of_one = trial + 3 * (e - table);

@@ -107,8 +107,17 @@ pub struct Trained<'a, B: Memory> {
     pub statistics: &'a mut B::F32,
     /// Gradients.
     pub gradients: &'a mut FlatGradients<B>,
-    /// The parameters whose states are here, by their numbers: others stay as they are.
-    pub owned: Range<usize>,
+    /// The parameters whose states are here, by their numbers, in a row and in parts: others stay as
+    /// they are.
+    pub parts: &'a [Range<usize>],
+}
+
+impl<B: Memory> Trained<'_, B> {
+    /// All parts as one.
+    pub(crate) fn owned(&self) -> Range<usize> {
+        let (first, last) = (self.parts.first(), self.parts.last());
+        first.map_or(0, |first| first.start)..last.map_or(0, |last| last.end)
+    }
 }
 
 /// Optimizers.
@@ -148,9 +157,18 @@ pub trait Optimize: Memory {
     fn set_losses(&self, reduction: &mut Self::Reduction, losses: f64) -> Result<()>;
     /// Gradients become the sum of others, which lie as they do, and themselves: all in f32.
     fn join_gradients(&self, others: &Self::Bytes, gradients: &mut FlatGradients<Self>);
+    /// Begins to sum up the gradients of some parameters in a row, which this rank has the sums of, where
+    /// that is not [`Optimize::reduce`]'s alone.
+    fn square_gradients(
+        &self,
+        _reduction: &mut Self::Reduction,
+        _trained: &mut Trained<'_, Self>,
+        _of: &Range<usize>,
+    ) {
+    }
     /// Sums up what the gradients are, for the update that comes next, and finds the rate of each
-    /// parameter where it is not the step's. `workspace` is that of the
-    /// step's operations, which count clamped scales in it.
+    /// parameter where it is not the step's. Once behind [`Optimize::square_gradients`], or again.
+    /// `workspace` is that of the step's operations, which count clamped scales in it.
     fn reduce(
         &self,
         workspace: &mut Self::Workspace,
@@ -160,13 +178,15 @@ pub trait Optimize: Memory {
     );
     /// Clips, and makes one update of every parameter and its states after [`Optimize::reduce`],
     /// unless loss or norm is not finite or the norm above `step`'s limit: then nothing changes.
-    /// Waits for the device. `workspace` is that of [`Optimize::reduce`].
+    /// Waits for the device. `workspace` is that of [`Optimize::reduce`]. A device on whose memory
+    /// others wait calls `updated` with the number of each part once its update is queued.
     fn update(
         &self,
         workspace: &mut Self::Workspace,
         reduction: &mut Self::Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
+        updated: &mut (dyn FnMut(usize) -> Result<()> + Send),
     ) -> Result<StepSums>;
     /// Computes the update of [`Optimize::update`], which found `sums`, for every parameter without
     /// storing it, and calls `largest` with what it would leave of each, in their order. Waits for

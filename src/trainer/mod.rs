@@ -1037,6 +1037,7 @@ impl<B: Backend> Run<B> {
         let bounds = Bounds { weight: weights.largest, ..*known };
         // Whatever goes wrong: nothing is known then.
         (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
+        let parts = [owned.clone()];
         let mut trained = Trained {
             slots: table.slots(),
             weights: &mut weights.all,
@@ -1044,15 +1045,17 @@ impl<B: Backend> Run<B> {
             layouts,
             statistics,
             gradients,
-            owned: owned.clone(),
+            parts: &parts,
         };
         let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
         let mut sums = backend.scope(|| {
+            let all = 0..trained.slots.len();
+            backend.square_gradients(reduction, &mut trained, &all);
             backend.reduce(workspace, reduction, &mut trained, &within);
             if let Some(updates) = updates {
                 updates.look(backend, reduction, &mut trained, step)?;
             }
-            backend.update(workspace, reduction, &mut trained, &within)
+            backend.update(workspace, reduction, &mut trained, &within, &mut |_| Ok(()))
         })?;
         let bounds = if sums.gradient_scale(&within).is_some() {
             bounds.after(step, sums.clipped_norm(step))
@@ -1087,7 +1090,7 @@ impl<B: Backend> Run<B> {
             let StepSums { raised_blocks, .. } = sums;
             sums = backend.scope(|| {
                 backend.reduce(workspace, reduction, &mut trained, step);
-                backend.update(workspace, reduction, &mut trained, step)
+                backend.update(workspace, reduction, &mut trained, step, &mut |_| Ok(()))
             })?;
             sums.raised_blocks = raised_blocks;
             Bounds::found(found, step)

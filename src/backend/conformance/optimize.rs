@@ -18,6 +18,7 @@ pub(in crate::backend) struct Update<B: Harness> {
     kept: optim::Gradients,
     reduction: B::Reduction,
     workspace: B::Workspace,
+    parts: [Range<usize>; 3],
 }
 
 /// Weights, first and second moments, and gradients of a parameter.
@@ -100,6 +101,8 @@ impl<B: Harness> Update<B> {
             kept: optimizer.gradients,
             reduction: cut(b, |arena| b.reduction(arena, &params.slots, &optimizer).unwrap()),
             workspace: workspace(b, Sequences { batch: 1, length: 1 }, 8, 1, 8, Precision::Bf16),
+            // Several, as where they are given to other ranks one by one.
+            parts: [0..1, 1..1, 1..params.slots.len()],
             params,
         }
     }
@@ -112,7 +115,7 @@ impl<B: Harness> Update<B> {
     /// What a step works on, with what is kept besides.
     fn trained(&mut self) -> (Trained<'_, B>, &mut B::Reduction, &mut B::Workspace) {
         let trained = Trained {
-            owned: 0..self.params.slots.len(),
+            parts: &self.parts,
             slots: &self.params.slots,
             weights: &mut self.params.weights,
             states: &mut self.states,
@@ -125,8 +128,10 @@ impl<B: Harness> Update<B> {
 
     pub(in crate::backend) fn step(&mut self, b: &B, step: &OptimizerStep) -> StepSums {
         let (mut trained, reduction, workspace) = self.trained();
+        let all = trained.owned();
+        b.square_gradients(reduction, &mut trained, &all);
         b.reduce(workspace, reduction, &mut trained, step);
-        b.update(workspace, reduction, &mut trained, step).unwrap()
+        b.update(workspace, reduction, &mut trained, step, &mut |_| Ok(())).unwrap()
     }
 
     /// What the update of a step is about to do to every parameter, behind its reduction.
@@ -134,6 +139,8 @@ impl<B: Harness> Update<B> {
         let parameters = self.params.slots.len();
         let mut watch = cut(b, |arena| b.update_watch(arena, parameters).unwrap());
         let (mut trained, reduction, workspace) = self.trained();
+        let all = trained.owned();
+        b.square_gradients(reduction, &mut trained, &all);
         b.reduce(workspace, reduction, &mut trained, step);
         let mut found = Vec::new();
         let mut keep = |of_one| found.push(of_one);
@@ -144,7 +151,7 @@ impl<B: Harness> Update<B> {
     /// The update that follows a reduction.
     pub(in crate::backend) fn update(&mut self, b: &B, step: &OptimizerStep) {
         let (mut trained, reduction, workspace) = self.trained();
-        b.update(workspace, reduction, &mut trained, step).unwrap();
+        b.update(workspace, reduction, &mut trained, step, &mut |_| Ok(())).unwrap();
     }
 
     /// What the step that `sums` were found for would leave.

@@ -146,6 +146,7 @@ impl Optimize for Cpu {
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
+        _updated: &mut (dyn FnMut(usize) -> Result<()> + Send),
     ) -> Result<StepSums> {
         let sums = reduction.sums();
         let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(sums) };
@@ -153,7 +154,7 @@ impl Optimize for Cpu {
         let Reduction { ones, muon, .. } = reduction;
         self.install(|| {
             for (index, one) in ones.iter().enumerate() {
-                if !trained.owned.contains(&index) {
+                if !trained.owned().contains(&index) {
                     continue;
                 }
                 if step.optimizer.orthogonalizes(trained.slots[index].kind) {
@@ -200,7 +201,7 @@ impl Optimize for Cpu {
         let Reduction { ones, muon, .. } = reduction;
         self.install(|| {
             for (index, one) in ones.iter().enumerate() {
-                if !trained.owned.contains(&index) {
+                if !trained.owned().contains(&index) {
                     largest(Largest::default());
                     continue;
                 }

@@ -18,8 +18,6 @@ use crate::optim::{
     UpdateSums, adamw,
 };
 
-/// Blocks that sum squares, and with that the number of partial sums.
-const PARTS: usize = 1024;
 /// Blocks a multiprocessor.
 const BLOCKS: usize = 8;
 /// The same of `update_stored`, as there: all that run at once.
@@ -38,8 +36,8 @@ pub(crate) struct Reduction {
     wanted: Vec<Entry>,
     /// Pieces of all parameters.
     pieces: u64,
-    /// ([`PARTS`]) f64.
-    partials: Piece,
+    /// (pieces) f64: sums of the squares of gradients.
+    pub(super) partials: Piece,
     /// Four f64: losses, squares, clamped blocks, and the losses of an evaluation.
     sums: Piece,
     /// (parameters, 3) words: what a trial of an update found.
@@ -137,34 +135,44 @@ impl Reduction {
         }
     }
 
-    /// The update of all parameters, or with the address of a `trial` what it would leave.
+    /// The update of some parameters in a row, or with the address of a `trial` what it would leave.
     fn launch_update(
         &mut self,
         cuda: &Cuda,
         workspace: &Workspace,
-        (slots, owned): (&[Slot], &Range<usize>),
+        (slots, part): (&[Slot], &Range<usize>),
         trial: u64,
         step: &OptimizerStep,
     ) {
-        self.launch_updates_by_element(cuda, trial, step);
+        self.launch_updates_by_element(cuda, part, trial, step);
         let (table, sums, largest) = (self.table.address, self.sum(0), self.trial.address);
         let scales = self.scales.as_ref().map_or(0, |scales| scales.address);
         let Some(muon) = &mut self.muon else { return };
         let place = muon::Place { table, sums, trial, largest, scales };
-        let matrices = slots[owned.clone()].iter();
+        let matrices = slots[part.clone()].iter();
         for slot in matrices.filter(|slot| step.optimizer.orthogonalizes(slot.kind)) {
             muon.update(cuda, workspace, *slot, place, step);
         }
     }
 
     /// Of those that have a second moment, which are all but matrices of Muon.
-    fn launch_updates_by_element(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
-        let (table, entries, grid) =
-            (self.table.address, self.entries.len() as u32, self.grid(cuda, BLOCKS));
+    fn launch_updates_by_element(
+        &self,
+        cuda: &Cuda,
+        part: &Range<usize>,
+        trial: u64,
+        step: &OptimizerStep,
+    ) {
+        let (table, entries) = (self.table.address, self.entries.len() as u32);
+        let Range { start, end } = self.pieces_of(part);
+        if start == end {
+            return;
+        }
+        let grid = grid(cuda, BLOCKS, end - start);
         let Optimizer { moments, master, gradients, kind, .. } = step.optimizer;
         if step.optimizer.ramping > 0 {
             launch!(cuda.gpu, "update_ramping", grid, THREADS, 0;
-                table, entries, self.pieces, self.sum(0), trial, Step::new(step));
+                table, entries, start, end, self.sum(0), trial, Step::new(step));
             return;
         }
         let in_f32 = (Moments::F32, Master::F32, Gradients::F32);
@@ -173,61 +181,68 @@ impl Reduction {
             let rates = self.rates.as_ref().map_or(0, |rates| rates.rates.address);
             let normals = self.normals.as_ref().map_or(0, |normals| normals.normals.address);
             let scales = match &self.scales {
-                Some(scales) if trial == 0 => {
-                    self.choose_scales(cuda, scales, normals, step);
-                    scales.address
-                }
+                Some(scales) if trial == 0 => scales.address,
                 _ => 0,
             };
             let kernel = match trial {
                 0 => update_kernel(moments, master),
                 _ => "update_stored<ANY,EITHER>",
             };
-            let grid = self.grid(cuda, UPDATE_BLOCKS);
+            let grid = self::grid(cuda, UPDATE_BLOCKS, end - start);
             // Blocks whose pieces were all of matrices of Muon would have nothing to do, so that pieces are
             // dealt one by one.
             let run = match kind.orthogonalizes() {
                 true => 1,
-                false => self.pieces.div_ceil(grid[0] as u64),
+                false => (end - start).div_ceil(grid[0] as u64),
             };
             launch!(cuda.gpu, kernel, grid, THREADS, 0;
-                table, entries, self.pieces, run, self.sum(0), rates, normals, trial,
+                table, entries, start, end, run, self.sum(0), rates, normals, trial,
                 Step::new(step), OfMoments::new(step), scales);
             return;
         }
         match &self.rates {
             None => launch!(cuda.gpu, "adamw", grid, THREADS, 0;
-                table, entries, self.pieces, self.sum(0), trial, Step::new(step)),
+                table, entries, start, end, self.sum(0), trial, Step::new(step)),
             Some(Rates { rates, .. }) => launch!(cuda.gpu, "stable_adamw", grid, THREADS, 0;
-                table, entries, self.pieces, self.sum(0), rates.address, trial, Step::new(step)),
+                table, entries, start, end, self.sum(0), rates.address, trial, Step::new(step)),
         };
     }
 
-    /// Makes scales of tensors those of what the update will store. Matrices of Muon have theirs
-    /// chosen when it is their turn.
-    fn choose_scales(&self, cuda: &Cuda, scales: &Piece, normals: u64, step: &OptimizerStep) {
+    /// Makes scales of tensors, if these have any, those of what the update will store. Matrices of
+    /// Muon have theirs chosen when it is their turn.
+    fn choose_scales(&self, cuda: &Cuda, step: &OptimizerStep) {
+        let Some(scales) = &self.scales else { return };
+        let normals = self.normals.as_ref().map_or(0, |normals| normals.normals.address);
         let (table, entries, sums) = (self.table.address, self.entries.len() as u32, self.sum(0));
         let largest = self.trial.address;
         cuda.clear(largest, 3 * 4 * self.entries.len());
         if step.optimizer.kind.orthogonalizes() {
             return;
         }
-        launch!(cuda.gpu, "largest_moments", self.grid(cuda, BLOCKS), THREADS, 0;
+        launch!(cuda.gpu, "largest_moments", grid(cuda, BLOCKS, self.pieces), THREADS, 0;
             largest, table, entries, self.pieces, sums, normals, Step::new(step),
             OfMoments::new(step));
         launch!(cuda.gpu, "choose_scales", [1, 1, 1], THREADS, 0;
             scales.address, largest, table, 0u32, entries, sums, Step::new(step));
     }
 
-    /// So many blocks a multiprocessor, or as many as there are pieces.
-    fn grid(&self, cuda: &Cuda, blocks: usize) -> [usize; 3] {
-        let most = blocks * cuda.gpu.multiprocessors as usize;
-        [(self.pieces as usize).min(most), 1, 1]
+    /// Pieces of some parameters in a row.
+    fn pieces_of(&self, part: &Range<usize>) -> Range<u64> {
+        let before = |index: usize| {
+            self.entries.get(index).map_or(self.pieces, |entry: &Entry| entry.first_piece)
+        };
+        before(part.start)..before(part.end)
     }
 
     fn sum(&self, index: u64) -> u64 {
         self.sums.address + 8 * index
     }
+}
+
+/// So many blocks a multiprocessor, or as many as there are pieces.
+fn grid(cuda: &Cuda, blocks: usize, pieces: u64) -> [usize; 3] {
+    let most = blocks * cuda.gpu.multiprocessors as usize;
+    [(pieces as usize).min(most), 1, 1]
 }
 
 /// Updates states and weights that are kept in these.
@@ -265,7 +280,7 @@ impl Optimize for Cuda {
             entries: arena.on_host(what, parameters)?,
             wanted: arena.on_host(what, parameters)?,
             pieces: 0,
-            partials: arena.bytes(PARTS * 8),
+            partials: arena.bytes(8 * pieces),
             sums: arena.bytes(4 * 8),
             trial: arena.bytes(3 * 4 * parameters),
             found,
@@ -308,6 +323,23 @@ impl Optimize for Cuda {
         exchange::join(&self.gpu, (gradients.all().address, gradients.len()), others.address);
     }
 
+    fn square_gradients(
+        &self,
+        reduction: &mut Reduction,
+        trained: &mut Trained<'_, Self>,
+        of: &Range<usize>,
+    ) {
+        reduction.update_table(trained);
+        let (table, entries) = (reduction.table.address, reduction.entries.len() as u32);
+        let Range { start, end } = reduction.pieces_of(of);
+        if start < end {
+            // A warp takes a piece.
+            let grid = grid(self, BLOCKS, (end - start).div_ceil(THREADS as u64 / 32));
+            launch!(self.gpu, "square_gradients", grid, THREADS, 0;
+                reduction.partials.address, table, entries, start, end);
+        }
+    }
+
     fn reduce(
         &self,
         workspace: &mut Workspace,
@@ -317,13 +349,13 @@ impl Optimize for Cuda {
     ) {
         reduction.update_table(trained);
         let (table, entries) = (reduction.table.address, reduction.entries.len() as u32);
-        let (partials, sums) = (reduction.partials.address, reduction.sum(0));
-        launch!(self.gpu, "square_gradients", [PARTS, 1, 1], THREADS, 0;
-            partials, table, entries, reduction.pieces);
-        launch!(self.gpu, "sum_squares", [1, 1, 1], THREADS, 0;
-            sums, workspace.clamped.address, partials, PARTS as u32, table, entries,
-            Step::new(step));
-        let (grid, pieces) = (reduction.grid(self, BLOCKS), reduction.pieces);
+        let (partials, sums, pieces) =
+            (reduction.partials.address, reduction.sum(0), reduction.pieces);
+        let owned = trained.owned();
+        launch!(self.gpu, "sum_squares", [1, 1, 1], 1024, 0;
+            sums, workspace.clamped.address, partials, pieces, table, owned.start as u32,
+            owned.len() as u32, Step::new(step));
+        let grid = grid(self, BLOCKS, pieces);
         if let Some(Normals { largest, partials, normals }) = &reduction.normals {
             let (kept, factors) = (trained.statistics.address(), Factors::new(step));
             let (largest, partials, normals) = (largest.address, partials.address, normals.address);
@@ -357,10 +389,14 @@ impl Optimize for Cuda {
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
+        updated: &mut (dyn FnMut(usize) -> Result<()> + Send),
     ) -> Result<StepSums> {
         reduction.update_table(trained);
-        let of = (trained.slots, &trained.owned);
-        reduction.launch_update(self, workspace, of, 0, step);
+        reduction.choose_scales(self, step);
+        for (number, part) in trained.parts.iter().enumerate() {
+            reduction.launch_update(self, workspace, (trained.slots, part), 0, step);
+            updated(number)?;
+        }
         if let Some(Normals { normals, .. }) = &reduction.normals {
             let (kept, parameters) = (trained.statistics.address(), trained.slots.len());
             launch!(self.gpu, "keep_statistics", [parameters.div_ceil(THREADS), 1, 1], THREADS, 0;
@@ -384,8 +420,7 @@ impl Optimize for Cuda {
         reduction.update_table(trained);
         let (trial, entries) = (reduction.trial.address, reduction.entries.len());
         self.clear(trial, 3 * 4 * entries);
-        let of = (trained.slots, &trained.owned);
-        reduction.launch_update(self, workspace, of, trial, step);
+        reduction.launch_update(self, workspace, (trained.slots, &trained.owned()), trial, step);
         let found = &mut reduction.found[..3 * entries];
         self.read(trial, found)?;
         for bits in found.as_chunks::<3>().0 {

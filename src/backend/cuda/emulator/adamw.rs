@@ -6,11 +6,11 @@ use super::{Emulator, SCHEDULES};
 use crate::backend::{OptimizerStep, reference};
 use crate::optim::Optimizer;
 
-type SquaresKernel = unsafe extern "C" fn(*mut f64, *const Entry, u32, u64);
+type SquaresKernel = unsafe extern "C" fn(*mut f64, *const Entry, u32, u64, u64);
 type SumSquaresKernel =
-    unsafe extern "C" fn(*mut f64, *mut u32, *const f64, u32, *const Entry, u32, Step);
+    unsafe extern "C" fn(*mut f64, *mut u32, *const f64, u64, *const Entry, u32, u32, Step);
 pub(super) type AdamWKernel =
-    unsafe extern "C" fn(*const Entry, u32, u64, *const f64, *mut u32, Step);
+    unsafe extern "C" fn(*const Entry, u32, u64, u64, *const f64, *mut u32, Step);
 
 /// An update is that of the definition; above the limit there is none; and a trial changes nothing
 /// and tells what the update leaves, NaN and infinity included.
@@ -96,13 +96,20 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
                 let step = Step::new(step);
                 // SAFETY: buffers are as long as the table and the grids say.
                 unsafe {
-                    emulator.run(schedule, [4, 1], 256, || squares(partials, entries, 3, 4));
-                    emulator.run(schedule, [1, 1], 256, || {
-                        sum_squares(sums, clamped, partials, 4, entries, 3, step);
+                    // In parts, as where ranks own some each.
+                    for (first, end) in [(0, 1), (1, 4)] {
+                        emulator.run(schedule, [2, 1], 64, || {
+                            squares(partials, entries, 3, first, end);
+                        });
+                    }
+                    emulator.run(schedule, [1, 1], 1024, || {
+                        sum_squares(sums, clamped, partials, 4, entries, 0, 3, step);
                     });
-                    emulator.run(schedule, [3, 1], 256, || {
-                        adamw(entries, 3, 4, sums, trial, step);
-                    });
+                    for (first, end) in [(0, 2), (2, 3), (3, 4)] {
+                        emulator.run(schedule, [3, 1], 256, || {
+                            adamw(entries, 3, first, end, sums, trial, step);
+                        });
+                    }
                 }
             };
             // Above the limit: nothing.

@@ -16,6 +16,7 @@ pub(super) type UpdateKernel = unsafe extern "C" fn(
     u32,
     u64,
     u64,
+    u64,
     *const f64,
     *const [f32; 2],
     *const u8,
@@ -93,24 +94,28 @@ fn moments_are_stored_to_the_byte() {
             let (of_kernel, of_moments) = (Step::new(&step), OfMoments::new(&step));
             let run = |trial: *mut u32, before: *const [f32; 2]| {
                 let update = if trial.is_null() { update } else { try_update };
-                emulator.run(schedule, [3, 1], 256, || {
-                    // SAFETY: buffers are as long as the table and the grid say.
-                    unsafe {
-                        update(
-                            entries,
-                            3,
-                            pieces,
-                            pieces_in_turn,
-                            sums.as_ptr(),
-                            rates.as_ptr(),
-                            std::ptr::null(),
-                            trial,
-                            of_kernel,
-                            of_moments,
-                            before,
-                        );
-                    }
-                });
+                // In parts, as where they are given to other ranks one by one.
+                for (first, end) in [(0, 2), (2, pieces)] {
+                    emulator.run(schedule, [3, 1], 256, || {
+                        // SAFETY: buffers are as long as the table and the grid say.
+                        unsafe {
+                            update(
+                                entries,
+                                3,
+                                first,
+                                end,
+                                pieces_in_turn,
+                                sums.as_ptr(),
+                                rates.as_ptr(),
+                                std::ptr::null(),
+                                trial,
+                                of_kernel,
+                                of_moments,
+                                before,
+                            );
+                        }
+                    });
+                }
             };
             let partial = partials.as_mut_ptr();
             emulator.run(schedule, [2, 1], 256, || {

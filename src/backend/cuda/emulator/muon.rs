@@ -246,12 +246,13 @@ fn matrices_without_a_second_moment_are_passed_over() {
             // SAFETY: buffers are as long as the table says.
             unsafe {
                 match stored {
-                    false => adamw(entries, 3, pieces, sums, none, of_kernel),
+                    false => adamw(entries, 3, 0, pieces, sums, none, of_kernel),
                     true => {
                         let (rates, normals) = (std::ptr::null(), std::ptr::null());
                         update_stored(
                             entries,
                             3,
+                            0,
                             pieces,
                             1,
                             sums,

@@ -58,7 +58,7 @@ fn weights_ramp_up_as_defined() {
                 let (step, sums) = (Step::new(step), sums.as_ptr());
                 emulator.run(schedule, [3, 1], 256, || {
                     // SAFETY: buffers are as long as the table and the grid say.
-                    unsafe { kernel(entries, 3, first_piece, sums, trial, step) };
+                    unsafe { kernel(entries, 3, 0, first_piece, sums, trial, step) };
                 });
             };
             let before = device.clone();

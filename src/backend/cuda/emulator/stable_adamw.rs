@@ -13,7 +13,7 @@ use crate::optim::{Optimizer, OptimizerKind, OptimizerStep};
 type SquareRatios = unsafe extern "C" fn(*mut f64, *const Entry, u32, u64, *const f64, Step);
 type FindRates = unsafe extern "C" fn(*mut [f32; 2], *const f64, *const Entry, f64, Step);
 type StableAdamW =
-    unsafe extern "C" fn(*const Entry, u32, u64, *const f64, *const [f32; 2], *mut u32, Step);
+    unsafe extern "C" fn(*const Entry, u32, u64, u64, *const f64, *const [f32; 2], *mut u32, Step);
 
 #[test]
 fn rates_and_updates_are_those_of_the_definition() {
@@ -92,7 +92,7 @@ fn rates_and_updates_are_those_of_the_definition() {
                 });
                 emulator.run(schedule, [2, 1], 256, || {
                     let none = std::ptr::null_mut();
-                    stable(entries, 3, pieces, sums, found_rates, none, as_kernels);
+                    stable(entries, 3, 0, pieces, sums, found_rates, none, as_kernels);
                 });
             }
             let (entries, _) = table(&mut of_plain, &mut copies, &mut amax);
@@ -100,7 +100,7 @@ fn rates_and_updates_are_those_of_the_definition() {
             // SAFETY: as above.
             unsafe {
                 emulator.run(schedule, [2, 1], 256, || {
-                    plain(entries, 3, pieces, sums, std::ptr::null_mut(), as_kernels);
+                    plain(entries, 3, 0, pieces, sums, std::ptr::null_mut(), as_kernels);
                 });
             }
             for (i, [p, m, v, g]) in host.iter().enumerate() {
