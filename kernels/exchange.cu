@@ -85,10 +85,13 @@ template <u32 FIRST, u32 COUNT> __device__ __forceinline__ float4 tree(const flo
   }
 }
 
-// The slice (vectors, 4) of each of COUNT ranks becomes the sum of all of them: one kernel reads
-// and writes the memory of all GPUs. A thread has several vectors on their way, since that is far.
-// Grid: any; block: any.
-template <u32 COUNT> __global__ void sum_peers(Peers peers, u64 vectors) {
+// Whose memory a sum is written to.
+#define ALL_PEERS 0xffffffffu
+
+// The slice (vectors, 4) of each of COUNT ranks, or of rank `only` alone, becomes the sum of all of
+// them: one kernel reads and writes the memory of all GPUs. A thread has several vectors on their
+// way, since that is far. Grid: any; block: any.
+template <u32 COUNT> __global__ void sum_peers(Peers peers, u64 vectors, u32 only) {
   begin();
   constexpr u32 AT_ONCE = COUNT <= 2 ? 4 : COUNT <= 4 ? 2 : 1;
   u64 threads = (u64)gridDim.x * blockDim.x;
@@ -108,7 +111,8 @@ template <u32 COUNT> __global__ void sum_peers(Peers peers, u64 vectors) {
       if (i >= vectors) break;
       float4 sum = tree<0, COUNT>(parts[k]);
 #pragma unroll
-      for (u32 rank = 0; rank < COUNT; rank++) peers.of[rank][i] = sum;
+      for (u32 rank = 0; rank < COUNT; rank++)
+        if (only == ALL_PEERS || only == rank) peers.of[rank][i] = sum;
     }
   }
 }

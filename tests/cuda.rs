@@ -723,18 +723,20 @@ fn engine_of(
     (rank, size): (usize, usize),
     gpus: usize,
     group: ranks::Threads,
-    transport: Transport,
+    (transport, shards): (Transport, bool),
 ) -> Result<Engine, Error> {
     let device = format!("cuda:{}", rank % gpus);
     let options = ranks::options(rank, size, group);
     let group = options.group.map(|group| group.with_transport(transport));
+    let group = group.map(|group| group.with_sharded_states(shards));
     Engine::new(EngineOptions { device, group, ..options })
 }
 
 /// Whether the first two GPUs can exchange so; a line says why not.
 fn links_by(transport: Transport) -> bool {
-    let engines =
-        ranks::on_ranks(2, |rank, group| engine_of((rank, 2), 2, group, transport).map(drop));
+    let engines = ranks::on_ranks(2, |rank, group| {
+        engine_of((rank, 2), 2, group, (transport, false)).map(drop)
+    });
     engines.into_iter().all(|engine| engine.inspect_err(|e| println!("skipped: {e}")).is_ok())
 }
 
@@ -747,7 +749,12 @@ fn a_group_that_ends_leaves_no_gpu_waiting() {
         return;
     }
     let data = text();
-    for (transport, every) in [(Transport::Peer, 1), (Transport::Nccl, 3)] {
+    for (transport, every, shards) in [
+        (Transport::Peer, 1, false),
+        (Transport::Peer, 1, true),
+        (Transport::Nccl, 3, false),
+        (Transport::Nccl, 3, true),
+    ] {
         if !links_by(transport) {
             continue;
         }
@@ -755,7 +762,7 @@ fn a_group_that_ends_leaves_no_gpu_waiting() {
             if rank == 1 {
                 group.until_failure = fails;
             }
-            let engine = engine_of((rank, 2), 2, group, transport)?;
+            let engine = engine_of((rank, 2), 2, group, (transport, shards))?;
             let how = TrainerOptions { batch_size: 2, ..options("fp8-mxfp4-rht-sr") };
             let mut trainer = Trainer::new(&Model::new(&engine, &config())?, how)?;
             (0..3).try_for_each(|_| trainer.step(&data).map(drop))
@@ -765,53 +772,97 @@ fn a_group_that_ends_leaves_no_gpu_waiting() {
             let started = std::time::Instant::now();
             let results = ranks::on_ranks(2, |rank, group| run(fails, rank, group));
             let seconds = started.elapsed().as_secs_f64();
-            assert!(seconds < 25.0, "{transport}, {fails}: {seconds} s");
+            assert!(seconds < 25.0, "{transport}, {shards}, {fails}: {seconds} s");
             if results.iter().all(Result::is_ok) {
                 break;
             }
             for result in &results {
                 let is_peer = matches!(result, Err(Error::Peer { .. }));
-                assert!(is_peer, "{transport}, {fails}: {results:?}");
+                assert!(is_peer, "{transport}, {shards}, {fails}: {results:?}");
             }
             fails += every;
         }
-        assert!(fails > 15, "{transport}: {fails}");
+        assert!(fails > 15, "{transport}, {shards}: {fails}");
     }
 }
 
-/// Ranks that keep states of some tensors each, which they give around through the host.
+/// Ranks that keep states of some tensors each, and give weights around by every way that GPUs have:
+/// losses, norms and files of one that keeps all.
 #[test]
 fn sharded_states_change_no_bit() {
     if gpu().is_none() {
         return;
     }
     let (data, gpus, folder) = (text(), gpus(), tempfile::tempdir().unwrap());
-    for optimizer in ["adamw", "adamw,moments=int8,master=split", "adamw,moments=fp8", "muon"] {
-        let of_size = |size: usize| {
-            let dir = folder.path().join(size.to_string());
+    let mut ways = vec![(2, Transport::Host), (4, Transport::Host)];
+    if gpus > 1 {
+        let linked = [Transport::Peer, Transport::Nccl].into_iter().filter(|way| links_by(*way));
+        ways.extend(linked.flat_map(|way| [2, 4].map(|size| (size, way))));
+        ways.retain(|(size, way)| *size <= gpus || *way == Transport::Host);
+    }
+    for optimizer in [
+        "adamw",
+        "adamw,master=split",
+        "adamw,moments=int8,master=split",
+        "adamw,moments=fp8",
+        "muon",
+    ] {
+        let of_size = |size: usize, transport: Transport| {
+            let dir = folder.path().join(format!("{size}{transport}"));
             let mut all = ranks::on_ranks(size, |rank, group| {
-                let options = ranks::options(rank, size, group);
-                let group = options
-                    .group
-                    .map(|group| group.with_transport(Transport::Host).with_sharded_states(true));
-                let device = format!("cuda:{}", rank % gpus);
-                let engine = Engine::new(EngineOptions { device, group, ..options }).unwrap();
+                let engine = engine_of((rank, size), gpus, group, (transport, true)).unwrap();
                 let how = TrainerOptions {
                     batch_size: 2,
-                    lanes: 2,
+                    lanes: 4,
                     optimizer: optimizer.parse().unwrap(),
                     ..self::options("fp8-mxfp4-rht-sr")
                 };
                 let model = Model::new(&engine, &config()).unwrap();
                 let mut trainer = Trainer::new(&model, how).unwrap();
-                let steps = [0; 6].map(|_| trainer.step(&data).unwrap().loss.to_bits());
+                let mut steps = Vec::new();
+                for _ in 0..20 {
+                    let stats = trainer.step(&data).unwrap();
+                    steps.push([stats.loss, stats.grad_norm].map(f32::to_bits));
+                }
+                // Another trainer of the model, which moves weights where it keeps them otherwise.
+                let plain = TrainerOptions { batch_size: 2, lanes: 4, ..self::options("bf16") };
+                let mut other = Trainer::new(&model, plain).unwrap();
+                for _ in 0..2 {
+                    for trainer in [&mut other, &mut trainer] {
+                        let stats = trainer.step(&data).unwrap();
+                        steps.push([stats.loss, stats.grad_norm].map(f32::to_bits));
+                    }
+                }
+                // Weights at once, with what ranks still send to each other then.
+                trainer.step(&data).unwrap();
+                let mut sum = 0u64;
+                for tensor in model.tensors() {
+                    let mut values = vec![0.0; tensor.shape.iter().product()];
+                    model.read_tensor(&tensor.name, &mut values).unwrap();
+                    let add = |sum: u64, value: &f32| {
+                        sum.wrapping_mul(31).wrapping_add(value.to_bits().into())
+                    };
+                    sum = values.iter().fold(sum, add);
+                }
+                steps.push([sum as u32, (sum >> 32) as u32]);
+                steps.push([trainer.eval(&data, 3).unwrap().loss.to_bits(), 0]);
                 trainer.save(&dir).unwrap();
                 steps
             });
+            let steps = all.remove(0);
+            assert!(
+                all.iter().all(|other| *other == steps),
+                "{optimizer}: {size} ranks by {transport} differ"
+            );
             let read = |name| std::fs::read(dir.join(name)).unwrap();
-            (all.remove(0), ["model.safetensors", "trainer.safetensors"].map(read))
+            (steps, ["model.safetensors", "trainer.safetensors"].map(read))
         };
-        assert!(of_size(2) == of_size(1), "{optimizer}");
+        let alone = of_size(1, Transport::Auto);
+        for (size, transport) in &ways {
+            let (steps, files) = of_size(*size, *transport);
+            assert_eq!(steps, alone.0, "{optimizer}: {size} ranks by {transport}");
+            assert!(files == alone.1, "{optimizer}: files of {size} ranks by {transport}");
+        }
     }
 }
 
@@ -840,7 +891,7 @@ fn any_number_of_ranks_has_the_same_bits() {
         let of_size = |size: usize, transport: Transport| {
             let dir = folder.path().join(size.to_string());
             let mut all = ranks::on_ranks(size, |rank, group| {
-                let engine = engine_of((rank, size), gpus, group, transport).unwrap();
+                let engine = engine_of((rank, size), gpus, group, (transport, false)).unwrap();
                 let model = Model::new(&engine, &config()).unwrap();
                 let mut trainer = Trainer::new(&model, how()).unwrap();
                 let of_step =
@@ -870,7 +921,7 @@ fn any_number_of_ranks_has_the_same_bits() {
             assert!(files == alone.1, "{recipe}: files of {size} ranks by {transport}");
         }
         let loaded = ranks::on_ranks(2, |rank, group| {
-            let engine = engine_of((rank, 2), gpus, group, Transport::Auto).unwrap();
+            let engine = engine_of((rank, 2), gpus, group, (Transport::Auto, false)).unwrap();
             let mut trainer = Trainer::load(&engine, &folder.path().join("4")).unwrap();
             trainer.step(&data).unwrap().loss.to_bits()
         });

@@ -1,9 +1,9 @@
 """Several GPUs: mxtrain on each of them alone, then on all, and PyTorch's DDP on as many.
 
 Each rank makes one micro-batch a step, the hardest case. Prints tokens a second by the median of a
-step's time; `efficiency` is that over the sum of what each GPU does alone, since no two are equally
-fast, `ratio` over DDP (bf16, torch.compile, fused AdamW, as in gpu.py). Everything is run in turn,
---rounds times, of which the best counts.
+step's time; `efficiency` is that over the sum of what each GPU does alone, at the same time as the
+others, since no two are equally fast, `ratio` over DDP (bf16, torch.compile, fused AdamW, as in
+gpu.py). Everything is run in turn, --rounds times, of which the best counts.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def records(log):
 
 
 def of_mxtrain(options, shape, where, steps):
-    """Median seconds of a step, and of its exchange that nothing hides."""
+    """Median seconds of a step, of its exchange that nothing hides, and MiB of GPUs in use."""
     layers, channels, heads, batch, length, vocab = shape
     with tempfile.TemporaryDirectory() as folder:
         log = os.path.join(folder, "log.jsonl")
@@ -88,6 +89,7 @@ def of_mxtrain(options, shape, where, steps):
             f"{options.mxtrain} train --data {options.data} --out {folder}/out --log {log} "
             f"--layers {layers} --channels {channels} --heads {heads} --batch-size {batch} "
             f"--context {length} --vocab-size {vocab} --recipe {options.recipe} --lr 1e-4 "
+            f"--optimizer {options.optimizer} "
             f"--warmup 5 --eval-every 0 --save-every 0 --steps 100000 {where}"
         )
         words = Path(folder, "words")
@@ -95,9 +97,10 @@ def of_mxtrain(options, shape, where, steps):
             process = subprocess.Popen(
                 command.split(), stdout=subprocess.DEVNULL, stderr=to, start_new_session=True
             )
-            until = time.monotonic() + 180
+            until, used = time.monotonic() + 180, 0
             while process.poll() is None and time.monotonic() < until:
                 if len(records(log)) > WARM + steps:
+                    used = memory()
                     break
                 time.sleep(0.2)
             else:
@@ -108,17 +111,31 @@ def of_mxtrain(options, shape, where, steps):
             process.wait()
         counted = records(log)[WARM : WARM + steps]
         if not counted:
-            return math.inf, 0.0
+            return math.inf, 0.0, 0
         median = statistics.median
         exchange = median(record.get("exchange_seconds", 0.0) for record in counted)
-        return median(record["seconds"] for record in counted), exchange
+        return median(record["seconds"] for record in counted), exchange, used
+
+
+def memory():
+    """MiB that the driver says are in use, of the GPU that has most."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return max(map(int, subprocess.run(query, capture_output=True, text=True).stdout.split()))
+
+
+def command_of(way, gpus):
+    transport, *rest = way.split("+")
+    return f"--gpus {gpus} --transport {transport}" + (" --shard-states" if rest else "")
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default="124M,345M,1.3B")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--transports", default="auto")
+    parser.add_argument(
+        "--ways", default="auto,auto+shards", help="transports, with +shards for --shard-states"
+    )
+    parser.add_argument("--optimizer", default="adamw,master=split")
     parser.add_argument("--recipe", default="fp8-mxfp4-rht-sr")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=2)
@@ -128,17 +145,23 @@ def main():
     options = parser.parse_args()
     gpus = options.gpus
     name = torch.cuda.get_device_name()
-    print(f"{gpus} x {name}, PyTorch {torch.__version__}, {options.recipe}", flush=True)
-    ways = [f"--gpus {gpus} --transport {way}" for way in options.transports.split(",")]
+    what = f"{options.recipe}, {options.optimizer}"
+    print(f"{gpus} x {name}, PyTorch {torch.__version__}, {what}", flush=True)
+    ways = [command_of(way, gpus) for way in options.ways.split(",")]
     for model in options.models.split(","):
         shape = MODELS[model]
         tokens = shape[3] * shape[4]
         alone = [f"--device cuda:{gpu}" for gpu in range(gpus)]
         best, of_peer = {}, math.inf
         for _ in range(options.rounds):
-            for where in [*alone, *ways]:
+            def run(where):
                 found = of_mxtrain(options, shape, where, options.steps)
-                best[where] = min(best.get(where, (math.inf, 0.0)), found)
+                best[where] = min(best.get(where, (math.inf, 0.0, 0)), found)
+
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(run, alone))
+            for where in ways:
+                run(where)
             if not options.skip_ddp:
                 of_peer = min(of_peer, of_ddp(shape, gpus, options.steps))
         sum_of_all = sum(tokens / best[where][0] for where in alone)
@@ -148,11 +171,11 @@ def main():
         for where in alone:
             print(f"{model} {where:32} {tokens / best[where][0]:9.0f} tokens/s", flush=True)
         for where in ways:
-            seconds, exchange = best[where]
+            seconds, exchange, used = best[where]
             rate = gpus * tokens / seconds
             print(
                 f"{model} {where:32} {rate:9.0f} tokens/s, exchange {1e3 * exchange:.2f} ms of "
-                f"{1e3 * seconds:.2f}, efficiency {rate / sum_of_all:.3f}"
+                f"{1e3 * seconds:.2f}, {used} MiB, efficiency {rate / sum_of_all:.3f}"
                 + (f", ratio {rate / peer:.3f}" if peer else ""),
                 flush=True,
             )

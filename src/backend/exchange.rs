@@ -1,8 +1,9 @@
-//! Gradients that ranks exchange from device to device, beside the backward pass.
+//! Gradients that ranks exchange from device to device, beside the backward pass; and weights that
+//! they give around, beside the update, where each updates some.
 
 use std::ops::Range;
 
-use super::{FlatGradients, Memory};
+use super::{FlatGradients, Optimize, Slot};
 use crate::Result;
 
 /// A part of the gradients that ranks exchange at once.
@@ -15,28 +16,42 @@ pub struct Bucket {
     pub behind: Option<usize>,
 }
 
+/// What ranks reach of each other.
+pub struct Reached<'a, B: Optimize> {
+    /// Gradients of all parameters.
+    pub gradients: &'a FlatGradients<B>,
+    /// The parameters.
+    pub weights: &'a B::Weights,
+    /// Sums of gradients.
+    pub reduction: &'a B::Reduction,
+}
+
 /// What devices do that reach each other without the host.
-pub trait Exchange: Memory {
+pub trait Exchange: Optimize {
     /// Buckets, in the order in which they are exchanged, and what that needs.
     type Buckets: Send + Sync;
 
-    /// None where gradients go through the host's memory.
+    /// None where gradients go through the host's memory. With `owned` each rank gets the sums of those
+    /// gradients alone whose parameters it updates: of every rank the parts of its parameters, as many
+    /// on all.
     fn buckets(
         &self,
         _arena: &mut Self::Arena,
         _all: Vec<Bucket>,
+        _of: (&[Slot], &FlatGradients<Self>),
+        _owned: &[Vec<Range<usize>>],
     ) -> Result<Option<Self::Buckets>> {
         Ok(None)
     }
 
-    /// What the other ranks reach its gradients by, as many bytes on all of them.
-    fn export(&self, buckets: &Self::Buckets, gradients: &FlatGradients<Self>) -> Result<Vec<u8>>;
+    /// What the other ranks reach its memory by, as many bytes on all of them.
+    fn export(&self, buckets: &Self::Buckets, of: &Reached<'_, Self>) -> Result<Vec<u8>>;
 
-    /// Reaches those of the others, by what all of them have exported, in their order.
+    /// Reaches that of the others, by what all of them have exported, in their order.
     fn map(
         &self,
         buckets: &mut Self::Buckets,
-        gradients: &FlatGradients<Self>,
+        of: &Reached<'_, Self>,
         exported: &[u8],
     ) -> Result<()>;
 
@@ -45,7 +60,8 @@ pub trait Exchange: Memory {
 
     /// Begins to make gradients the sum of those of all ranks, in the order of their tree, each
     /// bucket as soon as the backward pass that is queued has made it. Before, a rank's own become
-    /// the sum of `kept`, from the last on, and themselves.
+    /// the sum of `kept`, from the last on, and themselves. Where ranks own some, those of the others
+    /// stay what they are.
     fn begin_exchange(
         &self,
         buckets: &mut Self::Buckets,
@@ -53,7 +69,21 @@ pub trait Exchange: Memory {
         kept: &[Self::Bytes],
     ) -> Result<()>;
 
-    /// Waits until they are the sum.
+    /// Gives all ranks what [`Optimize::square_gradients`] has summed up here; what is queued from here on
+    /// comes behind what the others give.
+    fn give_squares(&self, buckets: &mut Self::Buckets) -> Result<()>;
+
+    /// An update begins, of which every part is given to all ranks.
+    fn begin_gather(&self, buckets: &mut Self::Buckets);
+
+    /// Gives all ranks a part of the parameters that this one owns, behind what is queued; with the
+    /// last one it takes what the others give, and waits for it.
+    ///
+    /// # Errors
+    /// Where another rank does not answer in time.
+    fn give(&self, buckets: &Self::Buckets, part: usize) -> Result<()>;
+
+    /// Waits until what was begun is done.
     ///
     /// # Errors
     /// Where another rank does not answer in time.

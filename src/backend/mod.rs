@@ -40,7 +40,7 @@ pub use crate::optim::{Largest, OptimizerStep, StepSums, UpdateSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
 pub use decode::{Decode, DecoderWeights, OfSequence};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
-pub use exchange::{Bucket, Exchange};
+pub use exchange::{Bucket, Exchange, Reached};
 pub use follow::{Follow, Track, Values, View, Viewed};
 pub use gradients::FlatGradients;
 pub use head::{Classifier, ClassifierGradient, Head, HeadShape, WorstLosses};

@@ -93,7 +93,8 @@ impl Group {
 
     /// With the optimizer's states of each tensor on one rank alone, which updates it and gives it to all
     /// others (ZeRO-1), the same on all ranks. It changes no bit. For `adamw` and `muon` without
-    /// `ramping`, and on GPUs with [`Transport::Host`] alone so far; what a rank kept is lost with it.
+    /// `ramping`; what a rank kept is lost with it. Where gradients go from GPU to GPU a rank gets the
+    /// sums of those alone whose states it keeps ([`crate::Trainer::read_gradient`]).
     /// [`crate::Trainer::snapshot`] is collective then, and rank 0 has what it copies.
     #[must_use]
     pub fn with_sharded_states(self, shards_states: bool) -> Self {

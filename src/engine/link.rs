@@ -37,11 +37,6 @@ pub(super) fn link(
     if wanted == Transport::Host {
         return Ok(None);
     }
-    if wanted == Transport::Auto && ranks.shards_states {
-        let line =
-            "gradients go from GPU to GPU through the host's memory, since states are sharded";
-        return Ok(Some((LogLevel::Warning, line.to_owned())));
-    }
     let cuda = Arc::get_mut(cuda).expect("nobody else has it yet");
     let (uuid, nccl) = cuda.reaches();
     let all = ranks.gather(&match nccl {

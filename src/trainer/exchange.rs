@@ -10,16 +10,18 @@
 //! (`backend/exchange.rs`). Others do it behind the pass, through the host's memory.
 //!
 //! Every rank keeps all states of the optimizer and makes all of the update, or those of its own
-//! parameters alone, which it then gives to all others.
+//! parameters alone, which it then gives to all others. Devices that reach each other give a rank then
+//! the sums of its own gradients alone.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use super::owners::Owners;
-use crate::backend::{Backend, Bucket, FlatGradients, Slot};
+use crate::backend::{Backend, Bucket, FlatGradients, Reached, Slot, Trained};
 use crate::comm::{Call, Counts, Joins, Ranks, Share, sum_parts};
 use crate::gpt::ParamTable;
-use crate::optim::Largest;
-use crate::reserve::{reserve, zeros};
+use crate::optim::{Largest, StepSums};
+use crate::reserve::{collect, reserve, zeros};
 use crate::{Error, Result};
 
 /// Slices are of whole pieces, so that none ends within a vector of any kernel.
@@ -58,25 +60,28 @@ impl<B: Backend> Exchange<B> {
         share: Share,
         ranks: Option<&Ranks>,
         allocates: bool,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Vec<Range<usize>>)> {
         const WHAT: &str = "gradients that ranks exchange";
+        let (slots, mut parts) = (table.slots(), owners.in_parts(table.slots())?);
         let buckets = match ranks {
-            Some(_) => backend.buckets(arena, buckets(table, gradients)?)?,
+            Some(_) => {
+                let all = buckets(table, gradients)?;
+                backend.buckets(arena, all, (slots, gradients), &parts)?
+            }
             None => None,
         };
         let most = Joins::most_kept(share.lanes);
         let kept = (0..most).map(|_| backend.bytes(arena, gradients.len())).collect();
-        if buckets.is_some() && ranks.is_some_and(|ranks| ranks.shards_states) {
-            let message = "expected transport host or auto, where GPUs exchange by way of the host; or \
-                           leave it out, so that every rank keeps all states";
-            return Err(Error::invalid("shard_states", message));
-        }
+        let parts = match ranks.filter(|_| owners.is_shared()) {
+            Some(ranks) => parts.swap_remove(ranks.rank()),
+            None => collect(WHAT, [Ok(0..slots.len())])?,
+        };
         let elements = gradients.len() / size_of::<f32>();
         let staged = ranks.filter(|_| allocates && buckets.is_none());
         let bucket = staged.map_or(0, |ranks| bucket(elements, ranks.size()));
         // A tensor of this rank, and one of each.
         let [mine, all] = staged.map_or([0; 2], |ranks| most_at_once(table, &owners, ranks));
-        Ok(Self {
+        let exchange = Self {
             share,
             kept,
             losses: zeros(WHAT, most)?,
@@ -88,30 +93,81 @@ impl<B: Backend> Exchange<B> {
             all: zeros(WHAT, all)?,
             send: zeros(WHAT, bucket)?,
             receive: zeros(WHAT, bucket)?,
-        })
+        };
+        Ok((exchange, parts))
     }
 
-    /// Lets the devices of ranks reach each other's gradients, which all ranks do before a step.
-    pub(super) fn meet(
-        &mut self,
-        backend: &B,
-        gradients: &FlatGradients<B>,
-        ranks: &Ranks,
-    ) -> Result<()> {
+    /// Whether ranks give weights to each other from device to device, so that they have to meet again
+    /// where weights have moved.
+    pub(super) fn gives_weights(&self) -> bool {
+        self.buckets.is_some() && self.owners.is_shared()
+    }
+
+    /// The parameters whose gradients are the sum of all ranks' here, by their numbers.
+    pub(super) fn summed(&self, trained: &Trained<'_, B>) -> Range<usize> {
+        if self.gives_weights() { trained.owned() } else { 0..trained.slots.len() }
+    }
+
+    /// Lets the devices of ranks reach each other's memory, which all ranks do before a step.
+    pub(super) fn meet(&mut self, backend: &B, of: &Reached<'_, B>, ranks: &Ranks) -> Result<()> {
         let Some(buckets) = &mut self.buckets else { return Ok(()) };
-        let exported = backend.export(buckets, gradients);
+        let exported = backend.export(buckets, of);
         let agreed = ranks.agree(Call::Link, exported.as_ref().map(drop));
         let exported = exported?;
         agreed?;
-        let mut all = zeros("what ranks reach gradients by", exported.len() * ranks.size())?;
+        let mut all = zeros("what ranks reach memory by", exported.len() * ranks.size())?;
         ranks.all_gather(&exported, &mut all)?;
-        let mapped = backend.map(buckets, gradients, &all);
+        let mapped = backend.map(buckets, of, &all);
         let agreed = ranks.agree(Call::Link, mapped.as_ref().copied());
         mapped.and(agreed)
     }
 
-    /// Gives all ranks the weights that this one has updated, where each updates some: the first tensors
-    /// of all ranks, then the second ones.
+    /// Gives all ranks what this one has summed up of its gradients, behind
+    /// [`crate::backend::Optimize::square_gradients`], where it has the sums of these alone.
+    pub(super) fn give_squares(&mut self, backend: &B) -> Result<()> {
+        let Some(mut buckets) = self.buckets.take_if(|_| self.owners.is_shared()) else {
+            return Ok(());
+        };
+        let given = backend.give_squares(&mut buckets);
+        self.keep(backend, buckets, given)
+    }
+
+    /// Makes an update of the parameters that this rank owns, of which it gives every part to all
+    /// ranks, and takes theirs, where devices do that by themselves.
+    pub(super) fn update(
+        &mut self,
+        backend: &B,
+        make: impl FnOnce(&mut (dyn FnMut(usize) -> Result<()> + Send)) -> Result<StepSums> + Send,
+    ) -> Result<StepSums> {
+        let Some(mut buckets) = self.buckets.take_if(|_| self.owners.is_shared()) else {
+            return backend.scope(|| make(&mut |_| Ok(())));
+        };
+        backend.begin_gather(&mut buckets);
+        let mut seconds = 0.0;
+        let made = backend.scope(|| {
+            make(&mut |part| {
+                let started = Instant::now();
+                let given = backend.give(&buckets, part);
+                seconds += started.elapsed().as_secs_f64();
+                given
+            })
+        });
+        self.seconds += seconds;
+        let given = made.and_then(|sums| backend.end_exchange(&mut buckets).map(|()| sums));
+        self.keep(backend, buckets, given)
+    }
+
+    /// Keeps buckets for the next exchange, whatever came of this one.
+    fn keep<T>(&mut self, backend: &B, mut buckets: B::Buckets, of: Result<T>) -> Result<T> {
+        if of.is_err() {
+            backend.abort_exchange(&mut buckets);
+        }
+        self.buckets = Some(buckets);
+        of
+    }
+
+    /// Gives all ranks the weights that this one has updated, where each updates some and that goes
+    /// through the host: the first tensors of all ranks, then the second ones.
     pub(super) fn gather(
         &mut self,
         backend: &B,
@@ -119,6 +175,9 @@ impl<B: Backend> Exchange<B> {
         slots: &[Slot],
         ranks: &Ranks,
     ) -> Result<()> {
+        if self.buckets.is_some() {
+            return Ok(());
+        }
         let started = Instant::now();
         let (all, mine) = (0..ranks.size(), ranks.rank());
         for round in 0.. {
@@ -221,7 +280,8 @@ impl<B: Backend> Exchange<B> {
             return Ok(counts.raised_blocks);
         };
         let exchanged = (|| {
-            backend.begin_exchange(&mut buckets, gradients, &self.kept[..self.in_use])?;
+            let kept = &self.kept[..self.in_use];
+            backend.begin_exchange(&mut buckets, gradients, kept)?;
             // While the last of it is on its way, and broken connections show at once.
             let counts = self.sum_counts(backend, workspace, reduction, ranks)?;
             backend.set_losses(reduction, counts.losses)?;
@@ -230,11 +290,7 @@ impl<B: Backend> Exchange<B> {
             self.seconds += started.elapsed().as_secs_f64();
             Ok(counts.raised_blocks)
         })();
-        if exchanged.is_err() {
-            backend.abort_exchange(&mut buckets);
-        }
-        self.buckets = Some(buckets);
-        exchanged
+        self.keep(backend, buckets, exchanged)
     }
 
     /// What all ranks count, once this one's device has done its part.

@@ -12,7 +12,7 @@ use super::merge::Merges;
 use super::owners::Owners;
 use super::ramping::Ramping;
 use crate::backend::{
-    Backend, FlatGradients, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device,
+    Backend, FlatGradients, MergeShape, Reached, Sequences, StateLayout, WorkspaceShape, on_device,
 };
 use crate::comm::{Ranks, Share};
 use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
@@ -98,6 +98,8 @@ pub(super) struct Flat<B: Backend> {
     pub(super) layouts: Vec<StateLayout>,
     /// The parameters whose states these are, by their numbers: all, but where ranks shard them.
     pub(super) owned: Range<usize>,
+    /// The same in parts, which are given to other ranks one behind the other.
+    pub(super) parts: Vec<Range<usize>>,
     /// (parameters, [`STATISTICS`]), of an optimizer that normalizes gradients.
     pub(super) statistics: B::F32,
     pub(super) reduction: B::Reduction,
@@ -154,19 +156,29 @@ impl<B: Backend> Flat<B> {
         plan.optimizer = cut.since_last();
         let share = Share::new(options.accumulation, options.lanes, ranks);
         let of = (&table, &gradients, owners);
-        let exchange = Exchange::new(backend, &mut cut.arena, of, share, ranks, allocates)?;
+        let (exchange, parts) =
+            Exchange::new(backend, &mut cut.arena, of, share, ranks, allocates)?;
         plan.exchange = cut.since_last();
         Ok(Self {
             gradients,
             states,
             layouts,
             owned,
+            parts,
             statistics,
             reduction,
             followed,
             ramping,
             exchange,
         })
+    }
+}
+
+impl<B: Backend> Flat<B> {
+    /// Lets the devices of ranks reach each other's memory, which all ranks do before a step.
+    pub(super) fn meet(&mut self, backend: &B, weights: &B::Weights, ranks: &Ranks) -> Result<()> {
+        let Self { gradients, reduction, exchange, .. } = self;
+        exchange.meet(backend, &Reached { gradients, weights, reduction }, ranks)
     }
 }
 

@@ -218,8 +218,8 @@ impl Trainer {
         let described = ranks.end_if_alone(trainer.description())?;
         ranks.compare(&described)?;
         let met = on_device!(&mut trainer.run, run => {
-            let (on, Flat { gradients, exchange, .. }) = (&run.model, &mut run.buffers.flat);
-            exchange.meet(&*on.backend, gradients, ranks)
+            let (on, flat) = (&run.model, &mut run.buffers.flat);
+            on.read().and_then(|weights| flat.meet(&*on.backend, &weights.all, ranks))
         });
         ranks.end_if_alone(met)?;
         Ok(trainer)
@@ -754,10 +754,17 @@ impl Trainer {
     /// `out`, in the shape that [`Model::tensors`] gives. Gradients stay until the next step.
     ///
     /// # Errors
-    /// As [`Model::read_tensor`].
+    /// As [`Model::read_tensor`]; [`Error::Unsupported`] where GPUs exchange gradients and states are
+    /// sharded, of a tensor whose states another rank keeps.
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
         on_device!(&self.run, run => {
+            let Flat { owned, exchange, .. } = &run.buffers.flat;
+            if exchange.gives_weights() && !owned.contains(&index) {
+                let what = format!("the gradient of {name}, whose states another rank keeps");
+                let remedy = "ask that rank, or run without shard_states".to_owned();
+                return Err(Error::Unsupported { what, remedy });
+            }
             let (tensors, gradients) = (self.model.tensors(), &run.buffers.flat.gradients);
             let exported = run.model.exported_gradients(tensors, gradients);
             exported.read(index, out, &mut Scratch::default())
@@ -906,6 +913,9 @@ impl<B: Backend> Run<B> {
         on.keep_as(&mut weights, state.options.optimizer.master).map_err(refused)?;
         if std::mem::replace(&mut self.moves, weights.moves) != weights.moves {
             self.buffers.recordings = backend.recordings();
+            if let Some(ranks) = ranks.filter(|_| self.buffers.flat.exchange.gives_weights()) {
+                self.buffers.flat.meet(backend, &weights.all, ranks)?;
+            }
         }
         self.begin_period(&mut weights, model, state, (known, step, call), fill)?;
         let mut fill = |micro_step, row, window: &mut [u32]| fill(None, micro_step, row, window);
@@ -1033,11 +1043,10 @@ impl<B: Backend> Run<B> {
         let (backend, updates) = (&**backend, updates.as_mut().filter(|_| sees));
         let ranks = model.engine().ranks().filter(|ranks| ranks.shards_states);
         let Buffers { flat, workspace, .. } = buffers;
-        let Flat { gradients, states, layouts, owned, statistics, reduction, exchange, .. } = flat;
+        let Flat { gradients, states, layouts, parts, statistics, reduction, exchange, .. } = flat;
         let bounds = Bounds { weight: weights.largest, ..*known };
         // Whatever goes wrong: nothing is known then.
         (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
-        let parts = [owned.clone()];
         let mut trained = Trained {
             slots: table.slots(),
             weights: &mut weights.all,
@@ -1045,17 +1054,18 @@ impl<B: Backend> Run<B> {
             layouts,
             statistics,
             gradients,
-            parts: &parts,
+            parts,
         };
         let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
-        let mut sums = backend.scope(|| {
-            let all = 0..trained.slots.len();
-            backend.square_gradients(reduction, &mut trained, &all);
+        let summed = exchange.summed(&trained);
+        backend.scope(|| backend.square_gradients(reduction, &mut trained, &summed));
+        exchange.give_squares(backend)?;
+        let mut sums = exchange.update(backend, |updated| {
             backend.reduce(workspace, reduction, &mut trained, &within);
             if let Some(updates) = updates {
                 updates.look(backend, reduction, &mut trained, step)?;
             }
-            backend.update(workspace, reduction, &mut trained, &within, &mut |_| Ok(()))
+            backend.update(workspace, reduction, &mut trained, &within, updated)
         })?;
         let bounds = if sums.gradient_scale(&within).is_some() {
             bounds.after(step, sums.clipped_norm(step))
@@ -1088,9 +1098,9 @@ impl<B: Backend> Run<B> {
                 None => found?,
             };
             let StepSums { raised_blocks, .. } = sums;
-            sums = backend.scope(|| {
+            sums = exchange.update(backend, |updated| {
                 backend.reduce(workspace, reduction, &mut trained, step);
-                backend.update(workspace, reduction, &mut trained, step, &mut |_| Ok(()))
+                backend.update(workspace, reduction, &mut trained, step, updated)
             })?;
             sums.raised_blocks = raised_blocks;
             Bounds::found(found, step)

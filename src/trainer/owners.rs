@@ -8,6 +8,12 @@ use crate::optim::{Optimizer, OptimizerKind};
 use crate::reserve::collect;
 use crate::{Error, Result};
 
+/// Elements of a part of what a rank gives to others, at least, and most parts. NOTE: a part is on its
+/// way while the next is updated, so that of few ones the last is waited for longer, and each of many
+/// takes the host some 20 us.
+const PART: usize = 4 << 20;
+const MOST_PARTS: usize = 8;
+
 /// Which rank keeps the optimizer's states of each tensor, and updates it: some tensors in a row, with
 /// about as many bytes of states as others have.
 pub(super) struct Owners {
@@ -47,6 +53,25 @@ impl Owners {
             Ok(owned(bytes, rank, ranks.size()))
         });
         Ok(Self { owned: collect("what ranks own", owned)?, tensors })
+    }
+
+    /// Of all ranks their tensors, in parts of about as many elements each that are given around one
+    /// behind the other: as many on all. Nothing where all ranks keep all.
+    pub(super) fn in_parts(&self, slots: &[Slot]) -> Result<Vec<Vec<Range<usize>>>> {
+        let len = |tensors: &Range<usize>| -> usize {
+            slots[tensors.clone()].iter().map(|slot| slot.len).sum()
+        };
+        let most = self.owned.iter().map(len).max().unwrap_or(0);
+        let count = (most / PART).clamp(1, MOST_PARTS);
+        let parts = self.owned.iter().map(|tensors| {
+            let sizes = slots[tensors.clone()].iter().map(|slot| slot.len);
+            let part = |number| {
+                let Range { start, end } = owned(sizes.clone(), number, count);
+                Ok(tensors.start + start..tensors.start + end)
+            };
+            collect("what ranks own", (0..count).map(part))
+        });
+        collect("what ranks own", parts)
     }
 
     pub(super) fn is_shared(&self) -> bool {

@@ -55,7 +55,7 @@ between GPUs.
 
 With `shard_states` the optimizer's states of each tensor are kept by one rank alone, which updates it
 and gives it to all others: no bit changes, and each rank takes a part of the memory of states. It is
-for `adamw` and `muon`, and on GPUs with `transport = :host` alone so far. A snapshot is made by all ranks then, and rank 0 saves it.
+for `adamw` and `muon`. A snapshot is made by all ranks then, and rank 0 saves it.
 
 A function may wait for other tasks, so ranks can also be tasks of one process.
 """

@@ -210,8 +210,8 @@ pub(crate) struct RanksArgs {
     pub(crate) transport: Transport,
 
     /// Keep the optimizer's states of each tensor on one rank alone, which updates it and gives it to all:
-    /// the same bits, in a part of the memory. For adamw and muon, and on GPUs with --transport host alone
-    /// so far; a run that loses a process can then only go on from its last checkpoint
+    /// the same bits, in a part of the memory; of GPUs with half of what is exchanged. For adamw and muon;
+    /// a run that loses a process can then only go on from its last checkpoint
     #[arg(long)]
     pub(crate) shard_states: bool,
 

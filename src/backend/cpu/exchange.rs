@@ -4,16 +4,16 @@ use std::convert::Infallible;
 
 use super::{Buffer, Cpu};
 use crate::Result;
-use crate::backend::{Exchange, FlatGradients};
+use crate::backend::{Exchange, FlatGradients, Reached};
 
 impl Exchange for Cpu {
     type Buckets = Infallible;
 
-    fn export(&self, buckets: &Infallible, _: &FlatGradients<Self>) -> Result<Vec<u8>> {
+    fn export(&self, buckets: &Infallible, _: &Reached<'_, Self>) -> Result<Vec<u8>> {
         match *buckets {}
     }
 
-    fn map(&self, buckets: &mut Infallible, _: &FlatGradients<Self>, _: &[u8]) -> Result<()> {
+    fn map(&self, buckets: &mut Infallible, _: &Reached<'_, Self>, _: &[u8]) -> Result<()> {
         match *buckets {}
     }
 
@@ -23,6 +23,18 @@ impl Exchange for Cpu {
         _: &mut FlatGradients<Self>,
         _: &[Buffer<u8>],
     ) -> Result<()> {
+        match *buckets {}
+    }
+
+    fn give_squares(&self, buckets: &mut Infallible) -> Result<()> {
+        match *buckets {}
+    }
+
+    fn begin_gather(&self, buckets: &mut Infallible) {
+        match *buckets {}
+    }
+
+    fn give(&self, buckets: &Infallible, _: usize) -> Result<()> {
         match *buckets {}
     }
 

@@ -3,11 +3,17 @@
 //! one host that reach each other's memory do that in one kernel, which reads and writes the memory of
 //! all; others by NCCL, which carries slices before and behind.
 //!
+//! Where ranks own parameters, a rank adds up what it owns of every bucket, and keeps the sum to itself.
+//! Of sums of squares, from which the norm comes, all ranks get all; and of weights what others have
+//! updated: a part of them is on its way while the next one is updated.
+//!
 //! All of it runs on a stream beside that of the pass, where an event says when a bucket is made. The
 //! pass is queued as a whole before anything of the exchange is: what waits for the whole device, as
 //! loading a kernel does, would else wait for another rank.
 
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Cuda;
@@ -17,8 +23,9 @@ use super::device::launch;
 use super::device::memory::{Arena, Piece};
 use super::device::nccl::{Communicator, Id, Message, Nccl};
 use super::device::peers::{Exported, MOST_PEERS, Mapped, Peers, Told};
-use crate::backend::{Bucket, Exchange, FlatGradients};
-use crate::reserve::{collect, zeros};
+use super::step::PIECE;
+use crate::backend::{Bucket, Exchange, FlatGradients, Reached, Slot};
+use crate::reserve::{collect, reserve, zeros};
 use crate::{Error, Result};
 
 /// Slices end at multiples of this many bytes, which no vector of a kernel crosses.
@@ -31,8 +38,12 @@ const BLOCKS: usize = 4;
 const MOST_BLOCKS: i32 = 16;
 /// Threads of each of them, which are to have enough on its way.
 const MANY_THREADS: usize = 512;
+/// Whose memory a sum is written to, as kernels/exchange.cu has it.
+const ALL_PEERS: u32 = u32::MAX;
 /// How often a wait looks whether another rank has given up.
 const LOOK: Duration = Duration::from_millis(5);
+/// Longest wait for what is on its way already, unless a rank is gone.
+const LATE: Duration = Duration::from_secs(10);
 /// After so much of a wait the processor is given away.
 const SPIN: Duration = Duration::from_millis(2);
 
@@ -45,6 +56,9 @@ pub(super) struct Link {
     size: usize,
     /// Longest wait for another rank.
     timeout: Duration,
+    /// When what no pass reads of the weights has come from the others, where that is still on its way.
+    settled: Event,
+    unsettled: AtomicBool,
 }
 
 /// How GPUs reach each other.
@@ -59,19 +73,78 @@ pub(crate) struct Buckets {
     all: Vec<Bucket>,
     /// When each is made, of those that a block makes.
     made: Vec<Event>,
-    /// When the pass has done all that is queued, and the exchange.
+    /// When the pass, or a part of the update, has done all that is queued, and the exchange.
     passed: Event,
     exchanged: Event,
     /// (ranks - 1) slices of the longest bucket, where NCCL brings them.
     received: Piece,
     stride: usize,
-    /// The gradients of all ranks, where these are reached.
-    mapped: Vec<Mapped>,
-    /// This rank's own, which others reach.
-    exported: Option<Piece>,
+    /// What each rank owns; nothing where all update all.
+    owned: Vec<Owned>,
+    /// This rank's memory that others reach, as [`Kind`] counts it.
+    own: Vec<Piece>,
+    /// The same of all ranks, by kind and rank, where these are reached.
+    mapped: Vec<Vec<Mapped>>,
+    /// Bytes of a master value.
+    master: usize,
     /// What others have told.
     words: Vec<u32>,
+    /// Whether there was an update.
+    has_updated: bool,
     in_flight: bool,
+}
+
+/// What ranks reach of each other; all but gradients where they own parameters.
+#[derive(Clone, Copy)]
+enum Kind {
+    Gradients = 0,
+    /// Sums of the squares of gradients, one a piece.
+    Squares = 1,
+    /// Largest magnitudes of weights.
+    Amaxes = 2,
+    /// Weights in bf16.
+    Copies = 3,
+    /// Their master values, or what copies lack of them.
+    Masters = 4,
+}
+
+/// What a rank owns.
+struct Owned {
+    /// Bytes of the buffer of gradients.
+    gradients: Range<usize>,
+    /// The parameters, by their numbers, and their pieces.
+    parameters: Range<usize>,
+    pieces: Range<usize>,
+    /// Elements of the buffers of weights, and these in parts.
+    elements: Range<usize>,
+    parts: Vec<Range<usize>>,
+}
+
+impl Owned {
+    fn new(
+        parts: &[Range<usize>],
+        slots: &[Slot],
+        gradients: &FlatGradients<Cuda>,
+    ) -> Result<Self> {
+        let elements = |part: &Range<usize>| {
+            let of = &slots[part.clone()];
+            let range = of.first().zip(of.last());
+            range.map_or(0..0, |(first, last)| first.start..last.range().end)
+        };
+        let parameters = parts[0].start..parts[parts.len() - 1].end;
+        let byte =
+            |index: usize| slots.get(index).map_or(gradients.len(), |slot| gradients.start(*slot));
+        let pieces = |slots: &[Slot]| slots.iter().map(|slot| slot.len.div_ceil(PIECE)).sum();
+        let first: usize = pieces(&slots[..parameters.start]);
+        let count: usize = pieces(&slots[parameters.clone()]);
+        Ok(Self {
+            gradients: byte(parameters.start)..byte(parameters.end),
+            elements: elements(&parameters),
+            parameters,
+            pieces: first..first + count,
+            parts: collect("what ranks own", parts.iter().map(|part| Ok(elements(part))))?,
+        })
+    }
 }
 
 impl Cuda {
@@ -93,13 +166,12 @@ impl Cuda {
         place: (usize, usize),
         timeout: Duration,
     ) -> Result<()> {
-        let (rank, size) = place;
         let of = |reason: String| failed("meeting other ranks by NCCL", &reason);
         let nccl = Nccl::open().map_err(of)?;
         let communicator =
             self.gpu.scope(|| Communicator::new(nccl, id, place, MOST_BLOCKS, timeout));
-        let (way, beside) = (Way::Nccl(communicator.map_err(of)?), Beside::new(&self.gpu)?);
-        let link = Link { way, beside, gpu: self.gpu.clone(), rank, size, timeout };
+        let way = Way::Nccl(communicator.map_err(of)?);
+        let link = Link::new(way, &self.gpu, place, timeout)?;
         link.connect(of)?;
         self.link = Some(Arc::new(link));
         Ok(())
@@ -125,12 +197,17 @@ impl Cuda {
         if all.len() > MOST_PEERS {
             return Err(format!("they are more than {MOST_PEERS}"));
         }
-        let beside = Beside::new(&self.gpu).map_err(|error| error.to_string())?;
         let mapped = mapped(&self.gpu, &own, all, rank)?;
         let way = Way::Peers(Peers::new(&self.gpu, rank, own, mapped));
-        let link = Link { way, beside, gpu: self.gpu.clone(), rank, size: all.len(), timeout };
-        self.link = Some(Arc::new(link));
+        let link = Link::new(way, &self.gpu, (rank, all.len()), timeout);
+        self.link = Some(Arc::new(link.map_err(|error| error.to_string())?));
         Ok(())
+    }
+
+    /// Waits for what of the weights may still be on its way from other ranks.
+    pub(super) fn settle(&self) -> Result<()> {
+        let Some(link) = &self.link else { return Ok(()) };
+        self.gpu.scope(|| link.settle()).map_err(|reason| no_answer(&reason))
     }
 
     /// Takes back that it is linked.
@@ -165,6 +242,33 @@ fn no_answer(reason: &str) -> Error {
 }
 
 impl Link {
+    fn new(
+        way: Way,
+        gpu: &Arc<Gpu>,
+        (rank, size): (usize, usize),
+        timeout: Duration,
+    ) -> Result<Self> {
+        let (beside, settled) = (Beside::new(gpu)?, Event::new(gpu)?);
+        let unsettled = AtomicBool::new(false);
+        Ok(Self { way, beside, gpu: gpu.clone(), rank, size, timeout, settled, unsettled })
+    }
+
+    /// See [`Cuda::settle`].
+    fn settle(&self) -> Result<(), String> {
+        if !self.unsettled.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.wait_at_most(&self.settled, LATE.min(self.timeout))?;
+        // Who gives up lets waits end.
+        match &self.way {
+            Way::Peers(peers) if peers.is_given_up() => Err("another rank has given up".to_owned()),
+            _ => {
+                self.unsettled.store(false, Ordering::Relaxed);
+                Ok(())
+            }
+        }
+    }
+
     /// Has every pair of ranks exchange a little by NCCL, so that all connections and their memory are
     /// there before a step.
     fn connect(&self, failed: impl Fn(String) -> Error) -> Result<()> {
@@ -194,6 +298,10 @@ impl Link {
 
     /// Waits for an event beside; the host does nothing else, and wants to go on at once.
     fn wait(&self, event: &Event) -> Result<(), String> {
+        self.wait_at_most(event, self.timeout)
+    }
+
+    fn wait_at_most(&self, event: &Event, most: Duration) -> Result<(), String> {
         let (started, mut looked) = (Instant::now(), Instant::now());
         while !event.has_come() {
             let waited = started.elapsed();
@@ -211,7 +319,7 @@ impl Link {
                 }
                 Way::Peers(_) => {}
             }
-            if waited > self.timeout {
+            if waited > most {
                 let seconds = waited.as_secs();
                 return Err(format!("no answer from another rank in {seconds} seconds"));
             }
@@ -251,20 +359,25 @@ impl Link {
 impl Buckets {
     fn abort(&mut self) {
         self.in_flight = false;
+        self.link.unsettled.store(false, Ordering::Relaxed);
         self.link.abort();
         // What others have queued may still reach this rank's memory. That of a process stays as long as
         // others map it; that of a thread has to stay itself.
         let is_of_this = |(rank, of): (usize, &Mapped)| rank != self.link.rank && !of.is_opened();
-        if let (Way::Peers(peers), Some(exported)) = (&self.link.way, &self.exported)
-            && self.mapped.iter().enumerate().any(is_of_this)
+        let mut mapped = self.mapped.iter().take(1).flatten().enumerate();
+        if let Way::Peers(peers) = &self.link.way
+            && mapped.any(is_of_this)
         {
-            exported.keep_for_ever();
+            self.own.iter().for_each(Piece::keep_for_ever);
             peers.keep_for_ever();
         }
     }
 
     /// The bytes of a bucket that a rank adds up.
     fn slice(&self, bucket: &Bucket, rank: usize) -> (usize, usize) {
+        if let Some(owned) = self.owned.get(rank) {
+            return both(&bucket.range, &owned.gradients);
+        }
         let len = slice(bucket, self.link.size);
         let start = (bucket.range.start + rank * len).min(bucket.range.end);
         (start, len.min(bucket.range.end - start))
@@ -295,12 +408,20 @@ impl Buckets {
                     }
                     let count = peers.next();
                     peers.others().for_each(|to| peers.tell(&link.beside, to, Told::Made, count));
-                    peers.others().for_each(|by| peers.hear(&link.beside, by, Told::Made, count));
-                    self.add_up_everywhere(gpu, mine, bucket.behind.is_some());
-                    peers
-                        .others()
-                        .for_each(|to| peers.tell(&link.beside, to, Told::Arrived, count));
-                    last = Some(count);
+                    // NOTE: where it keeps the sum to itself, others hear that it is made by what is
+                    // told of its squares.
+                    if mine.1 > 0 {
+                        peers
+                            .others()
+                            .for_each(|by| peers.hear(&link.beside, by, Told::Made, count));
+                        self.add_up_in_memory(gpu, mine, bucket.behind.is_some());
+                    }
+                    if self.owned.is_empty() {
+                        peers
+                            .others()
+                            .for_each(|to| peers.tell(&link.beside, to, Told::Arrived, count));
+                        last = Some(count);
+                    }
                 }
                 Way::Nccl(nccl) => {
                     let parts = link.others().map(|peer| Message {
@@ -309,7 +430,12 @@ impl Buckets {
                         receive: (self.received(peer), mine.1),
                     });
                     nccl.exchange(parts, link.beside.stream())?;
-                    self.add_up(gpu, at(mine));
+                    if mine.1 > 0 {
+                        self.add_up(gpu, at(mine));
+                    }
+                    if !self.owned.is_empty() {
+                        continue;
+                    }
                     let sums = link.others().map(|peer| Message {
                         peer,
                         send: at(mine),
@@ -323,13 +449,51 @@ impl Buckets {
         if let (Way::Peers(peers), Some(count)) = (&link.way, last) {
             peers.others().for_each(|by| peers.hear(&link.beside, by, Told::Arrived, count));
         }
-        link.beside.queue(|| self.exchanged.record());
         Ok(())
     }
 
-    /// A slice becomes the sum of those of all ranks, in the memory of each of them; `beside` a pass with
-    /// few blocks.
-    fn add_up_everywhere(&self, gpu: &Gpu, (start, len): (usize, usize), beside: bool) {
+    /// Queues that a range of bytes of each rank goes to all others, of memory of a kind.
+    fn spread(&self, kind: Kind, of: impl Fn(usize) -> Range<usize>) -> Result<(), String> {
+        let (link, base) = (&*self.link, self.own[kind as usize].address);
+        let at = |rank| {
+            let range = of(rank);
+            (base + range.start as u64, range.len())
+        };
+        let (from, bytes) = at(link.rank);
+        match &link.way {
+            Way::Peers(peers) if bytes > 0 => {
+                for to in peers.others() {
+                    let to = self.mapped[kind as usize][to].address + (from - base);
+                    peers.copy(&link.beside, from, bytes, to);
+                }
+                Ok(())
+            }
+            Way::Peers(_) => Ok(()),
+            Way::Nccl(nccl) => {
+                let message = |peer| Message { peer, send: (from, bytes), receive: at(peer) };
+                nccl.exchange(link.others().map(message), link.beside.stream())
+            }
+        }
+    }
+
+    /// What was spread has arrived everywhere once an event comes.
+    fn end_spread(&self, arrived: &Event) -> Result<(), String> {
+        let link = &*self.link;
+        if let Way::Peers(peers) = &link.way {
+            if peers.is_aborted() {
+                return Err("it was aborted".to_owned());
+            }
+            let count = peers.next();
+            peers.others().for_each(|to| peers.tell(&link.beside, to, Told::Arrived, count));
+            peers.others().for_each(|by| peers.hear(&link.beside, by, Told::Arrived, count));
+        }
+        link.beside.queue(|| arrived.record());
+        Ok(())
+    }
+
+    /// A slice becomes the sum of those of all ranks, in the memory of each of them or where ranks own
+    /// some in this one's; `beside` a pass with few blocks.
+    fn add_up_in_memory(&self, gpu: &Gpu, (start, len): (usize, usize), beside: bool) {
         let name = match self.link.size {
             2 => "sum_peers<2>",
             3 => "sum_peers<3>",
@@ -340,13 +504,14 @@ impl Buckets {
             _ => "sum_peers<8>",
         };
         let mut all = [0; MOST_PEERS];
-        for (place, mapped) in all.iter_mut().zip(&self.mapped) {
+        for (place, mapped) in all.iter_mut().zip(&self.mapped[Kind::Gradients as usize]) {
             *place = mapped.address + start as u64;
         }
+        let only = if self.owned.is_empty() { ALL_PEERS } else { self.link.rank as u32 };
         let most = if beside { MOST_BLOCKS as usize } else { 4 * gpu.multiprocessors as usize };
         let grid = [(len / 16).div_ceil(MANY_THREADS).min(most), 1, 1];
         self.link.beside.queue(|| {
-            launch!(gpu, name, grid, MANY_THREADS, 0; all, (len / 16) as u64);
+            launch!(gpu, name, grid, MANY_THREADS, 0; all, (len / 16) as u64, only);
         });
     }
 
@@ -367,12 +532,29 @@ impl Buckets {
     }
 }
 
+impl Buckets {
+    /// What others reach of this rank, as [`Kind`] counts it, and bytes of a master value.
+    fn reached<'a>(&self, of: &Reached<'a, Cuda>) -> (Vec<&'a Piece>, usize) {
+        let ([amaxes, copies, masters], master) = of.weights.buffers();
+        let all = [of.gradients.all(), &of.reduction.partials, amaxes, copies, masters];
+        let count = if self.owned.is_empty() { 1 } else { all.len() };
+        (all[..count].to_vec(), master)
+    }
+}
+
 impl Drop for Buckets {
     fn drop(&mut self) {
-        if self.in_flight {
+        // What is on its way to this rank's weights, too, which may be given back next.
+        if self.in_flight || self.link.gpu.scope(|| self.link.settle()).is_err() {
             self.abort();
         }
     }
+}
+
+/// Where two ranges meet: a start and a length.
+fn both(a: &Range<usize>, b: &Range<usize>) -> (usize, usize) {
+    let (start, end) = (a.start.max(b.start), a.end.min(b.end));
+    (start, end.saturating_sub(start))
 }
 
 /// Bytes of the slice of a rank; the last may be shorter.
@@ -394,9 +576,21 @@ pub(super) fn join(gpu: &Gpu, (gradients, bytes): (u64, usize), others: u64) {
 impl Exchange for Cuda {
     type Buckets = Buckets;
 
-    fn buckets(&self, arena: &mut Arena, all: Vec<Bucket>) -> Result<Option<Buckets>> {
+    fn buckets(
+        &self,
+        arena: &mut Arena,
+        all: Vec<Bucket>,
+        (slots, gradients): (&[Slot], &FlatGradients<Self>),
+        owned: &[Vec<Range<usize>>],
+    ) -> Result<Option<Buckets>> {
         let Some(link) = &self.link else { return Ok(None) };
-        let stride = all.iter().map(|bucket| slice(bucket, link.size)).max().unwrap_or(0);
+        let owned = owned.iter().map(|parts| Owned::new(parts, slots, gradients));
+        let owned = collect("what ranks own", owned)?;
+        let longest = |bucket: &Bucket| match owned.get(link.rank) {
+            Some(mine) => both(&bucket.range, &mine.gradients).1,
+            None => slice(bucket, link.size),
+        };
+        let stride = all.iter().map(longest).max().unwrap_or(0);
         let made = all.iter().map(|_| Event::new(&self.gpu));
         Ok(Some(Buckets {
             link: link.clone(),
@@ -409,35 +603,47 @@ impl Exchange for Cuda {
                 Way::Nccl(_) => (link.size - 1) * stride,
             }),
             stride,
+            owned,
+            own: Vec::new(),
             mapped: Vec::new(),
-            exported: None,
+            master: 0,
             words: zeros("what GPUs tell each other", 4 * link.size)?,
+            has_updated: false,
             in_flight: false,
         }))
     }
 
-    fn export(&self, buckets: &Buckets, gradients: &FlatGradients<Self>) -> Result<Vec<u8>> {
+    fn export(&self, buckets: &Buckets, of: &Reached<'_, Self>) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
         if let Way::Nccl(_) = buckets.link.way {
-            return Ok(Vec::new());
+            return Ok(bytes);
         }
-        let exported = Exported::new(&self.gpu, gradients.all());
-        let exported = exported.map_err(|reason| failed("sharing gradients", &reason))?;
-        Ok(bytemuck::bytes_of(&exported).to_vec())
+        let (pieces, _) = buckets.reached(of);
+        reserve(&mut bytes, "what ranks reach memory by", pieces.len() * size_of::<Exported>())?;
+        for piece in pieces {
+            let exported = Exported::new(&self.gpu, piece);
+            let exported = exported.map_err(|reason| failed("sharing memory", &reason))?;
+            bytes.extend_from_slice(bytemuck::bytes_of(&exported));
+        }
+        Ok(bytes)
     }
 
-    fn map(
-        &self,
-        buckets: &mut Buckets,
-        gradients: &FlatGradients<Self>,
-        exported: &[u8],
-    ) -> Result<()> {
+    fn map(&self, buckets: &mut Buckets, of: &Reached<'_, Self>, exported: &[u8]) -> Result<()> {
+        // Before others are mapped anew, which may be where they were.
+        buckets.mapped.clear();
+        let (pieces, master) = buckets.reached(of);
+        let own = collect("what ranks reach", pieces.iter().map(|piece| Ok(piece.again())))?;
         let all = exported.chunks_exact(size_of::<Exported>()).map(bytemuck::pod_read_unaligned);
-        let all: Vec<Exported> = collect("what ranks reach gradients by", all.map(Ok))?;
-        if !all.is_empty() {
-            let mapped = mapped(&self.gpu, gradients.all(), &all, buckets.link.rank);
-            buckets.mapped = mapped.map_err(|reason| failed("sharing gradients", &reason))?;
-            buckets.exported = Some(gradients.all().again());
+        // By rank and kind.
+        let all: Vec<Exported> = collect("what ranks reach memory by", all.map(Ok))?;
+        let kinds = if all.is_empty() { 0 } else { own.len() };
+        for (kind, own) in own.iter().enumerate().take(kinds) {
+            let of_kind = all.iter().skip(kind).step_by(kinds).map(|exported| Ok(*exported));
+            let of_kind: Vec<Exported> = collect("what ranks reach memory by", of_kind)?;
+            let mapped = mapped(&self.gpu, own, &of_kind, buckets.link.rank);
+            buckets.mapped.push(mapped.map_err(|reason| failed("sharing memory", &reason))?);
         }
+        (buckets.own, buckets.master) = (own, master);
         Ok(())
     }
 
@@ -454,13 +660,70 @@ impl Exchange for Cuda {
         kept: &[Piece],
     ) -> Result<()> {
         buckets.in_flight = true;
+        let address = gradients.all().address;
         self.gpu
             .scope(|| {
                 buckets.passed.record();
-                buckets.queue(&self.gpu, gradients.all().address, kept)
+                buckets.queue(&self.gpu, address, kept)?;
+                buckets.link.beside.queue(|| buckets.exchanged.record());
+                Ok(())
             })
-            .map_err(|reason| no_answer(&reason))?;
+            .map_err(|reason: String| no_answer(&reason))?;
         self.gpu.check()
+    }
+
+    fn give_squares(&self, buckets: &mut Buckets) -> Result<()> {
+        buckets.in_flight = true;
+        let first = !std::mem::replace(&mut buckets.has_updated, true);
+        let buckets = &*buckets;
+        let given = self.gpu.scope(|| {
+            let Buckets { link, passed, exchanged, owned, .. } = buckets;
+            passed.record();
+            link.beside.wait_for(passed);
+            let bytes = |of: &Owned| 8 * of.pieces.start..8 * of.pieces.end;
+            buckets.spread(Kind::Squares, |rank| bytes(&owned[rank]))?;
+            buckets.end_spread(exchanged)?;
+            // NOTE: the first time, kernels of the update are loaded, for which the host may wait for the
+            // device, and so without end for a rank that is gone.
+            if first {
+                return link.wait(exchanged);
+            }
+            exchanged.hold_back();
+            Ok(())
+        });
+        given.map_err(|reason| no_answer(&reason))
+    }
+
+    fn begin_gather(&self, buckets: &mut Buckets) {
+        buckets.in_flight = true;
+    }
+
+    fn give(&self, buckets: &Buckets, part: usize) -> Result<()> {
+        let Buckets { owned, passed, exchanged, link, master, .. } = buckets;
+        let of = |range: &Range<usize>, size: usize| size * range.start..size * range.end;
+        // No pass reads what copies lack, so that it has time until the next exchange.
+        let later = *master < size_of::<f32>();
+        let given = self.gpu.scope(|| {
+            passed.record();
+            link.beside.wait_for(passed);
+            buckets.spread(Kind::Copies, |rank| of(&owned[rank].parts[part], 2))?;
+            if !later {
+                buckets.spread(Kind::Masters, |rank| of(&owned[rank].parts[part], *master))?;
+            }
+            if part + 1 < owned[link.rank].parts.len() {
+                return Ok(());
+            }
+            buckets.spread(Kind::Amaxes, |rank| of(&owned[rank].parameters, 4))?;
+            buckets.end_spread(exchanged)?;
+            if later {
+                buckets.spread(Kind::Masters, |rank| of(&owned[rank].elements, *master))?;
+                buckets.end_spread(&link.settled)?;
+                link.unsettled.store(true, Ordering::Relaxed);
+            }
+            // Before the host waits for the device, which other ranks hold back.
+            link.wait(exchanged)
+        });
+        given.map_err(|reason| no_answer(&reason))
     }
 
     fn end_exchange(&self, buckets: &mut Buckets) -> Result<()> {

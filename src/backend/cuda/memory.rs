@@ -68,6 +68,7 @@ impl Memory for Cuda {
         slots: &[Slot],
         master: Master,
     ) -> Result<()> {
+        self.settle()?;
         let mut measuring = Arena::measuring(&self.gpu);
         measuring.weights(len, slots.len(), master);
         let mut arena = Arena::allocated(&self.gpu, measuring.used())?;
@@ -131,6 +132,7 @@ impl Memory for Cuda {
                 self.gpu.synchronize()
             });
         };
+        self.settle()?;
         let (mut copies, mut lows) = (Vec::new(), Vec::new());
         reserve(&mut copies, "a tensor", from.len())?;
         reserve(&mut lows, "a tensor", from.len())?;
@@ -175,6 +177,7 @@ impl Memory for Cuda {
         copies: &mut [u16],
         lows: &mut [u16],
     ) -> Result<()> {
+        self.settle()?;
         let param = from.param(slot);
         let Masters::Low(low) = param.masters else { unreachable!("master values are split") };
         self.read(param.copy.address, copies)?;

@@ -109,6 +109,15 @@ pub(crate) enum Masters<T> {
 }
 
 impl Weights {
+    /// The buffers of all, and bytes of a master value.
+    pub(crate) fn buffers(&self) -> ([&Piece; 3], usize) {
+        let (masters, size) = match &self.masters {
+            Masters::F32(whole) => (whole, 4),
+            Masters::Low(low) => (low, 2),
+        };
+        ([&self.amax, &self.copy, masters], size)
+    }
+
     pub(crate) fn param(&self, slot: Slot) -> Param<'_> {
         let masters = match &self.masters {
             Masters::F32(whole) => Masters::F32(whole.address + 4 * slot.start as u64),

@@ -203,6 +203,13 @@ impl Peers {
         self.all[to].address + by as u64 * WORDS + 4 * told as u64
     }
 
+    /// Copies to the memory of a rank.
+    pub(crate) fn copy(&self, beside: &Beside, from: u64, bytes: usize, to: u64) {
+        // SAFETY: so many bytes are there, on both sides.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, beside.stream()) };
+        self.gpu.note("copying to another GPU", result);
+    }
+
     /// Tells it to a rank once all is done that is queued.
     pub(crate) fn tell(&self, beside: &Beside, to: usize, told: Told, count: u32) {
         let place = self.place(self.rank, to, told);

@@ -69,11 +69,11 @@ fn parts_of_ranks_are_summed_in_the_order_of_the_tree() {
     }
 }
 
-type PeersKernel = unsafe extern "C" fn([*mut [f32; 4]; 8], u64);
+type PeersKernel = unsafe extern "C" fn([*mut [f32; 4]; 8], u64, u32);
 
-/// What lies before and behind a slice stays.
+/// What lies before and behind a slice stays, and that of other ranks where one alone has the sum.
 #[test]
-fn a_sum_is_in_the_memory_of_all() {
+fn a_sum_is_in_the_memory_of_all_or_of_one() {
     let Some(emulator) = Emulator::new("exchange") else { return };
     let large = |(i, value): (usize, f32)| value * [1.0, 1e6, 1e-6][i % 3];
     for (count, vectors) in
@@ -84,19 +84,27 @@ fn a_sum_is_in_the_memory_of_all() {
         let mut expected = parts.clone();
         comm::sum_parts(&mut expected, count);
         let expected = [&[7.0; 4], &expected[..4 * vectors], &[7.0; 4]].concat();
-        let mut all: Vec<Vec<[f32; 4]>> = parts
+        let before: Vec<Vec<[f32; 4]>> = parts
             .chunks(4 * vectors)
             .map(|part| [&[[7.0; 4]], part.as_chunks().0, &[[7.0; 4]]].concat())
             .collect();
-        let mut of = [std::ptr::null_mut(); 8];
-        for (place, one) in of.iter_mut().zip(&mut all) {
-            *place = one[1..].as_mut_ptr();
-        }
         let sum: PeersKernel = emulator.kernel(&format!("sum_peers<{count}>"));
-        emulator.run(SCHEDULES[count % 3], [3, 1], 64, || {
-            // SAFETY: buffers are as long as the kernel is told.
-            unsafe { sum(of, vectors as u64) };
-        });
-        assert!(all.iter().all(|one| one.as_flattened() == expected), "{count}: {vectors}");
+        for only in [None, Some(count - 1), Some(count / 2)] {
+            let mut all = before.clone();
+            let mut of = [std::ptr::null_mut(); 8];
+            for (place, one) in of.iter_mut().zip(&mut all) {
+                *place = one[1..].as_mut_ptr();
+            }
+            emulator.run(SCHEDULES[count % 3], [3, 1], 64, || {
+                let only = only.map_or(u32::MAX, |rank| rank as u32);
+                // SAFETY: buffers are as long as the kernel is told.
+                unsafe { sum(of, vectors as u64, only) };
+            });
+            for (rank, (one, before)) in all.iter().zip(&before).enumerate() {
+                let has_sum = only.is_none_or(|only| only == rank);
+                let expected = if has_sum { &expected[..] } else { before.as_flattened() };
+                assert!(one.as_flattened() == expected, "{count}: {vectors}, {only:?}, {rank}");
+            }
+        }
     }
 }
