@@ -301,6 +301,19 @@ typedef enum mxt_transport {
   MXT_TRANSPORT_PEER = 3,
 } mxt_transport;
 
+// What gradients are sent as from rank to rank.
+typedef enum mxt_wire {
+  // As they are: 4 bytes a number.
+  MXT_WIRE_F32 = 0,
+  // To nearest: 2 bytes.
+  MXT_WIRE_BF16 = 1,
+  // E4M3 to nearest, with a scale for 32 numbers: 1.03 bytes.
+  MXT_WIRE_FP8 = 2,
+  // E2M1 with a scale for 32 numbers, rotated and rounded stochastically, so that the mean is the
+  // gradient: 0.53 bytes.
+  MXT_WIRE_MXFP4 = 3,
+} mxt_wire;
+
 // Why a run ended.
 typedef enum mxt_run_end {
   // All steps are done.
@@ -441,12 +454,19 @@ typedef struct mxt_group {
   int32_t transport;
   // 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
   // to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
-  // changes no bit. For adamw and muon without ramping, and on GPUs with MXT_TRANSPORT_HOST alone so
-  // far; mxt_trainer_watch_updates is MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective,
-  // and that of rank 0 has all that there is to save. What a rank kept is lost with it, and where a
-  // group ends within a step, weights may be those of within it: go on from a checkpoint then. 0
-  // (default): every rank keeps all.
+  // changes no bit. For adamw and muon without ramping; mxt_trainer_watch_updates is
+  // MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective, and that of rank 0 has all
+  // that there is to save. What a rank kept is lost with it, and where a group ends within a step,
+  // weights may be those of within it: go on from a checkpoint then. 0 (default): every rank keeps
+  // all.
   int32_t shard_states;
+  // One of mxt_wire, the same on all ranks: what gradients are sent as, for links that are slower than
+  // what computes gradients. Sums are made in f32. All but MXT_WIRE_F32 change losses a little, and
+  // make their bits those of so many ranks; not with MXT_TRANSPORT_PEER, and MXT_TRANSPORT_AUTO passes
+  // over that. Default MXT_WIRE_F32.
+  int32_t gradient_wire;
+  // Must be 0.
+  int32_t reserved;
 } mxt_group;
 
 // Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line

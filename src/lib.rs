@@ -89,7 +89,7 @@ mod trainer;
 
 pub use backend::CudaStream;
 pub use checkpoint::{StoredTensor, StoredWeights};
-pub use comm::{Collectives, Group, Transport};
+pub use comm::{Collectives, Group, Transport, Wire};
 pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
 pub use decoder::{
     Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated, Score,

@@ -11,7 +11,7 @@ use std::path::Path;
 use mxfp4train::{
     Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Draft, Engine, EngineOptions,
     Error, GenerateOptions, Master, Model, ModelConfig, Optimizer, OptimizerKind, Recipe, Schedule,
-    Trainer, TrainerOptions, Transport,
+    Trainer, TrainerOptions, Transport, Wire,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -862,6 +862,47 @@ fn sharded_states_change_no_bit() {
             let (steps, files) = of_size(*size, *transport);
             assert_eq!(steps, alone.0, "{optimizer}: {size} ranks by {transport}");
             assert!(files == alone.1, "{optimizer}: files of {size} ranks by {transport}");
+        }
+    }
+}
+
+/// Gradients that NCCL carries in less than f32, to ranks that have all states and to those that have
+/// some: losses near those of f32, the same on both ranks and again.
+#[test]
+fn wires_train_nearly_as_f32_does() {
+    if gpu().is_none() || gpus() < 2 || !links_by(Transport::Nccl) {
+        println!("skipped: two GPUs and NCCL are needed");
+        return;
+    }
+    let data = text();
+    let run = |wire: Wire, shards: bool| {
+        let mut all = ranks::on_ranks(2, |rank, group| {
+            let options = ranks::options(rank, 2, group);
+            let group = options.group.map(|group| group.with_transport(Transport::Nccl));
+            let group = group.map(|group| group.with_wire(wire).with_sharded_states(shards));
+            let device = format!("cuda:{rank}");
+            let engine = Engine::new(EngineOptions { device, group, ..options }).unwrap();
+            let how = TrainerOptions { batch_size: 2, lanes: 2, ..self::options("bf16") };
+            // Few tensors end where a group of rotated numbers does.
+            let config = ModelConfig { channels: 144, ..config() };
+            let mut trainer = Trainer::new(&Model::new(&engine, &config).unwrap(), how).unwrap();
+            let of_step = |stats: mxfp4train::StepStats| [stats.loss, stats.grad_norm];
+            (0..60).map(|_| of_step(trainer.step(&data).unwrap())).collect::<Vec<_>>()
+        });
+        let first = all.remove(0);
+        assert!(all[0] == first, "{wire}, {shards}: ranks differ");
+        first
+    };
+    for shards in [false, true] {
+        let plain = run(Wire::F32, shards);
+        for (wire, of_norm) in [(Wire::Bf16, 0.01), (Wire::Fp8, 0.03), (Wire::Mxfp4, 0.25)] {
+            let rounded = run(wire, shards);
+            assert_eq!(rounded[0][0], plain[0][0], "{wire}");
+            let off = (rounded[0][1] - plain[0][1]).abs() / plain[0][1];
+            assert!(off > 0.0 && off < of_norm, "{wire}, {shards}: {off}");
+            let (ours, exact) = (rounded[59][0], plain[59][0]);
+            assert!((ours - exact).abs() < 0.05 * exact, "{wire}, {shards}: {ours} {exact}");
+            assert_eq!(run(wire, shards), rounded, "{wire}, {shards}");
         }
     }
 }

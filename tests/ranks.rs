@@ -9,8 +9,8 @@ use std::fs;
 use std::path::Path;
 
 use mxfp4train::{
-    Dataset, Engine, Error, EvalStats, Model, ModelConfig, Optimizer, Schedule, Trainer,
-    TrainerOptions,
+    Dataset, Engine, EngineOptions, Error, EvalStats, Model, ModelConfig, Optimizer, Schedule,
+    Trainer, TrainerOptions, Wire,
 };
 use ranks::{on_engines, on_ranks};
 
@@ -407,4 +407,45 @@ fn a_collective_that_fails_ends_the_group() {
         fails += 1;
     }
     assert!(fails > 15, "{fails}");
+}
+
+/// Gradients that are sent in less than f32: losses are near those of f32 and others, all ranks have
+/// the same bits, again and sharded as well, and what lies behind parameters stays 0, which would grow
+/// from step to step.
+#[test]
+fn wires_train_nearly_as_f32_does() {
+    let data = data();
+    let run = |wire: Wire, size: usize, shards: bool| {
+        let mut all = on_ranks(size, |rank, ranks| {
+            let options = ranks::options(rank, size, ranks);
+            let group =
+                options.group.map(|group| group.with_wire(wire).with_sharded_states(shards));
+            let engine = Engine::new(EngineOptions { group, ..options }).unwrap();
+            let mut trainer = trainer(&engine, self::options("bf16", "adamw", size, size)).unwrap();
+            (0..40)
+                .map(|_| {
+                    let stats = trainer.step(&data).unwrap();
+                    [stats.loss, stats.grad_norm]
+                })
+                .collect::<Vec<_>>()
+        });
+        let first = all.remove(0);
+        assert!(all.iter().all(|other| *other == first), "{wire}: ranks of {size} differ");
+        first
+    };
+    for size in [2, 3] {
+        let plain = run(Wire::F32, size, false);
+        for (wire, of_norm) in [(Wire::Bf16, 0.01), (Wire::Fp8, 0.03), (Wire::Mxfp4, 0.25)] {
+            let rounded = run(wire, size, false);
+            assert_eq!(rounded[0][0], plain[0][0], "{wire}");
+            for (of_rounded, of_plain) in rounded.iter().zip(&plain) {
+                let off = |i: usize| (of_rounded[i] - of_plain[i]).abs() / of_plain[i];
+                assert!(off(0) < 0.05, "{wire}: {of_rounded:?}, {of_plain:?}");
+                assert!(off(1) < of_norm * 2.0, "{wire}: {of_rounded:?}, {of_plain:?}");
+            }
+            let off = (rounded[0][1] - plain[0][1]).abs() / plain[0][1];
+            assert!(off > 0.0 && off < of_norm, "{wire}: {off}");
+            assert_eq!(run(wire, size, true), rounded, "{wire}");
+        }
+    }
 }

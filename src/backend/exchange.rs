@@ -5,6 +5,8 @@ use std::ops::Range;
 
 use super::{FlatGradients, Optimize, Slot};
 use crate::Result;
+use crate::comm::Wire;
+use crate::comm::wire::Drawn;
 
 /// A part of the gradients that ranks exchange at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +33,7 @@ pub trait Exchange: Optimize {
     /// Buckets, in the order in which they are exchanged, and what that needs.
     type Buckets: Send + Sync;
 
-    /// None where gradients go through the host's memory. With `owned` each rank gets the sums of those
+    /// None where gradients go through the host's memory; else they are sent as `wire`. With `owned` each rank gets the sums of those
     /// gradients alone whose parameters it updates: of every rank the parts of its parameters, as many
     /// on all.
     fn buckets(
@@ -40,6 +42,7 @@ pub trait Exchange: Optimize {
         _all: Vec<Bucket>,
         _of: (&[Slot], &FlatGradients<Self>),
         _owned: &[Vec<Range<usize>>],
+        _wire: Wire,
     ) -> Result<Option<Self::Buckets>> {
         Ok(None)
     }
@@ -61,12 +64,13 @@ pub trait Exchange: Optimize {
     /// Begins to make gradients the sum of those of all ranks, in the order of their tree, each
     /// bucket as soon as the backward pass that is queued has made it. Before, a rank's own become
     /// the sum of `kept`, from the last on, and themselves. Where ranks own some, those of the others
-    /// stay what they are.
+    /// stay what they are. What is sent is rounded by what was `drawn`.
     fn begin_exchange(
         &self,
         buckets: &mut Self::Buckets,
         gradients: &mut FlatGradients<Self>,
         kept: &[Self::Bytes],
+        drawn: Drawn,
     ) -> Result<()>;
 
     /// Gives all ranks what [`Optimize::square_gradients`] has summed up here; what is queued from here on

@@ -1,5 +1,7 @@
 //! The gradients of all parameters, in one buffer.
 
+use std::ops::Range;
+
 use super::{GradientPlace, Memory, Precision, Slot};
 use crate::Result;
 use crate::optim::Gradients;
@@ -51,6 +53,13 @@ impl<B: Memory> FlatGradients<B> {
     /// Where those of a parameter begin.
     pub(crate) fn start(&self, slot: Slot) -> usize {
         self.places[slot.index].start
+    }
+
+    /// What lies behind parameters, as ranges of bytes, where that is any.
+    pub(crate) fn tails(&self) -> impl Iterator<Item = Range<usize>> {
+        let starts = self.places.iter().skip(1).map(|place| place.start).chain([self.len]);
+        let ends = self.places.iter().map(|place| place.start + place.bytes());
+        ends.zip(starts).map(|(end, next)| end..next).filter(|tail| !tail.is_empty())
     }
 
     /// Bytes of all, with what lies between parameters, which stays 0.

@@ -11,7 +11,7 @@ use super::guard;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read, versioned};
 use super::user_data::UserData;
-use crate::{Collectives, Group, Transport};
+use crate::{Collectives, Group, Transport, Wire};
 
 /// Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
 /// to rank r, and block r of `receive` came from it, this rank's own included. The buffers are
@@ -70,6 +70,21 @@ pub enum mxt_transport {
     Peer = 3,
 }
 
+/// What gradients are sent as from rank to rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_wire {
+    /// As they are: 4 bytes a number.
+    F32 = 0,
+    /// To nearest: 2 bytes.
+    Bf16 = 1,
+    /// E4M3 to nearest, with a scale for 32 numbers: 1.03 bytes.
+    Fp8 = 2,
+    /// E2M1 with a scale for 32 numbers, rotated and rounded stochastically, so that the mean is the
+    /// gradient: 0.53 bytes.
+    Mxfp4 = 3,
+}
+
 /// Ranks that train one model together, of which this program (or this thread of it) is one. Fill it
 /// with mxt_group_init, and put it into mxt_engine_options.
 ///
@@ -121,14 +136,21 @@ pub struct mxt_group {
     pub transport: i32,
     /// 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
     /// to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
-    /// changes no bit. For adamw and muon without ramping, and on GPUs with MXT_TRANSPORT_HOST alone so
-    /// far; mxt_trainer_watch_updates is MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective,
-    /// and that of rank 0 has all that there is to save. What a rank kept is lost with it, and where a
-    /// group ends within a step, weights may be those of within it: go on from a checkpoint then. 0
-    /// (default): every rank keeps all.
+    /// changes no bit. For adamw and muon without ramping; mxt_trainer_watch_updates is
+    /// MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective, and that of rank 0 has all
+    /// that there is to save. What a rank kept is lost with it, and where a group ends within a step,
+    /// weights may be those of within it: go on from a checkpoint then. 0 (default): every rank keeps
+    /// all.
     pub shard_states: i32,
+    /// One of mxt_wire, the same on all ranks: what gradients are sent as, for links that are slower than
+    /// what computes gradients. Sums are made in f32. All but MXT_WIRE_F32 change losses a little, and
+    /// make their bits those of so many ranks; not with MXT_TRANSPORT_PEER, and MXT_TRANSPORT_AUTO passes
+    /// over that. Default MXT_WIRE_F32.
+    pub gradient_wire: i32,
+    /// Must be 0.
+    pub reserved: i32,
 }
-versioned!(mxt_group, last = shard_states: i32);
+versioned!(mxt_group, last = reserved: i32);
 
 impl Options for mxt_group {
     fn defaults() -> Self {
@@ -144,6 +166,8 @@ impl Options for mxt_group {
             timeout_seconds: Group::TIMEOUT.as_secs(),
             transport: mxt_transport::Auto as i32,
             shard_states: 0,
+            gradient_wire: mxt_wire::F32 as i32,
+            reserved: 0,
         }
     }
 }
@@ -157,6 +181,17 @@ fn transport(value: i32) -> Result<Transport, Failure> {
         (C::Peer as i32, "MXT_TRANSPORT_PEER", Transport::Peer),
     ];
     arguments::one_of("transport", value, &all)
+}
+
+fn wire(value: i32) -> Result<Wire, Failure> {
+    use mxt_wire as C;
+    let all = [
+        (C::F32 as i32, "MXT_WIRE_F32", Wire::F32),
+        (C::Bf16 as i32, "MXT_WIRE_BF16", Wire::Bf16),
+        (C::Fp8 as i32, "MXT_WIRE_FP8", Wire::Fp8),
+        (C::Mxfp4 as i32, "MXT_WIRE_MXFP4", Wire::Mxfp4),
+    ];
+    arguments::one_of("gradient_wire", value, &all)
 }
 
 /// Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
@@ -198,13 +233,18 @@ impl Given {
         let timeout = Duration::from_secs(options.timeout_seconds);
         let transport = transport(options.transport)?;
         let shards_states = arguments::flag("shard_states", options.shard_states)?;
+        let wire = wire(options.gradient_wire)?;
+        if options.reserved != 0 {
+            let message = format!("expected 0, got {}", options.reserved);
+            return Err(Failure::invalid("reserved", message));
+        }
         let host = Arc::new(UserData::new(user_data, free));
         // What is no number of ranks is refused before anything is exchanged.
         let ranks = (size as usize).max(1);
         let collectives = Callbacks { host: host.clone(), ranks, all_to_all, all_gather, abort };
         let group = Group::new(rank as usize, size as usize, Box::new(collectives));
         let group = group.with_transport(transport).with_timeout(timeout);
-        let group = group.with_sharded_states(shards_states);
+        let group = group.with_sharded_states(shards_states).with_wire(wire);
         Ok(Self { group: Some(group), host: Some(host) })
     }
 

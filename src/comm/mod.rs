@@ -12,6 +12,7 @@ mod news;
 mod share;
 mod transport;
 mod tree;
+pub(crate) mod wire;
 
 use std::fmt;
 use std::io;
@@ -26,6 +27,7 @@ pub(crate) use news::{Call, Data};
 pub(crate) use share::{Share, owned};
 pub use transport::Transport;
 pub(crate) use tree::{Joins, sum_parts};
+pub use wire::Wire;
 
 use news::News;
 
@@ -64,6 +66,7 @@ pub struct Group {
     transport: Transport,
     timeout: Duration,
     shards_states: bool,
+    wire: Wire,
 }
 
 impl Group {
@@ -72,8 +75,8 @@ impl Group {
 
     /// Rank `rank`, from 0 on, of `size`.
     pub fn new(rank: usize, size: usize, collectives: Box<dyn Collectives>) -> Self {
-        let (transport, timeout) = (Transport::Auto, Self::TIMEOUT);
-        Self { rank, size, collectives, transport, timeout, shards_states: false }
+        let (transport, timeout, wire) = (Transport::Auto, Self::TIMEOUT, Wire::F32);
+        Self { rank, size, collectives, transport, timeout, shards_states: false, wire }
     }
 
     /// With another way for gradients, the same on all ranks.
@@ -99,6 +102,15 @@ impl Group {
     #[must_use]
     pub fn with_sharded_states(self, shards_states: bool) -> Self {
         Self { shards_states, ..self }
+    }
+
+    /// With gradients that are sent as something else than f32, the same on all ranks: for links that are
+    /// slower than what computes gradients. It changes losses a little, and makes their bits those of so
+    /// many ranks. GPUs of one host do not reach each other's memory for it ([`Transport::Peer`]), so that
+    /// it makes nothing faster that NVLink carries.
+    #[must_use]
+    pub fn with_wire(self, wire: Wire) -> Self {
+        Self { wire, ..self }
     }
 
     /// Whether there are no others.
@@ -129,6 +141,8 @@ pub(crate) struct Ranks {
     pub(crate) timeout: Duration,
     /// Whether each has states of its own parameters alone.
     pub(crate) shards_states: bool,
+    /// What gradients are sent as.
+    pub(crate) wire: Wire,
     state: Mutex<State>,
 }
 
@@ -156,7 +170,7 @@ impl Ranks {
     /// # Errors
     /// [`Error::InvalidArgument`] for a rank that is none; [`Error::Peer`].
     pub(crate) fn new(group: Group) -> Result<Self> {
-        let Group { rank, size, collectives, transport, timeout, shards_states } = group;
+        let Group { rank, size, collectives, transport, timeout, shards_states, wire } = group;
         if size == 0 || size > MAX_RANKS || rank >= size {
             let message = format!(
                 "expected a rank below the number of ranks, and 1 to {MAX_RANKS} of these; got rank \
@@ -169,7 +183,7 @@ impl Ranks {
         let counts = zeros("what ranks count", size)?;
         let state = State { collectives, ended: None, news, counts };
         let (hosts, state) = (Vec::new(), Mutex::new(state));
-        let mut ranks = Self { rank, size, hosts, transport, timeout, shards_states, state };
+        let mut ranks = Self { rank, size, hosts, transport, timeout, shards_states, wire, state };
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         ranks.hosts = ranks.gather(&host)?;
         Ok(ranks)

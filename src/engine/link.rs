@@ -9,7 +9,7 @@ use super::LogLevel;
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Exported};
-use crate::comm::{Ranks, Transport};
+use crate::comm::{Ranks, Transport, Wire};
 use crate::reserve::{collect, zeros};
 use crate::{Error, Result};
 
@@ -45,9 +45,15 @@ pub(super) fn link(
     })?;
     let all: Vec<_> = all.iter().map(|text| Said::new(text)).collect();
     let shared = shared(ranks, &all);
+    let rounds = ranks.wire != Wire::F32;
+    if rounds && wanted == Transport::Peer {
+        return unsupported(
+            "GPUs that add up in each other's memory send f32 alone, and no other wire",
+        );
+    }
     // Why one way and the next cannot be.
     let mut hindrances = Vec::new();
-    if wanted != Transport::Nccl {
+    if wanted != Transport::Nccl && !rounds {
         match shared.clone() {
             Some(why) => hindrances.push(why),
             None => hindrances.extend(by_memory(cuda, ranks)?),
@@ -62,7 +68,7 @@ pub(super) fn link(
             Some(why) => hindrances.push(why),
             None => hindrances.extend(by_nccl(cuda, ranks)?),
         }
-        if hindrances.len() == usize::from(wanted == Transport::Auto) {
+        if hindrances.len() == usize::from(wanted == Transport::Auto && !rounds) {
             let line = format!("gradients go from GPU to GPU by NCCL {}", all[0].nccl);
             return Ok(Some((LogLevel::Info, line)));
         }

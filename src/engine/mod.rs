@@ -121,6 +121,7 @@ impl Engine {
             ("seed", made.seed().to_string()),
             ("transport", ranks.transport.to_string()),
             ("shard_states", ranks.shards_states.to_string()),
+            ("gradient_wire", ranks.wire.to_string()),
         ])?;
         let Ok(mut inner) = Arc::try_unwrap(made.0) else { unreachable!("nobody else has it") };
         let linked = link::link(&mut inner.device, &ranks);

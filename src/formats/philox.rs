@@ -66,6 +66,8 @@ pub enum Purpose {
     Tokens = 8,
     /// Stochastic rounding of an optimizer's moments.
     Moments = 9,
+    /// Stochastic rounding of gradients that ranks send to each other, and the signs of their rotation.
+    Wire = 10,
 }
 
 /// The tensors that are rounded.

@@ -18,7 +18,8 @@ use std::time::Instant;
 
 use super::owners::Owners;
 use crate::backend::{Backend, Bucket, FlatGradients, Reached, Slot, Trained};
-use crate::comm::{Call, Counts, Joins, Ranks, Share, sum_parts};
+use crate::comm::wire::{self, Drawn, Sent};
+use crate::comm::{Call, Counts, Joins, Ranks, Share, Wire, sum_parts};
 use crate::gpt::ParamTable;
 use crate::optim::{Largest, StepSums};
 use crate::reserve::{collect, reserve, zeros};
@@ -47,6 +48,8 @@ pub(super) struct Exchange<B: Backend> {
     /// On the host: what goes to others and comes back, and what comes from them.
     send: Vec<f32>,
     receive: Vec<f32>,
+    /// Both again, as they are sent, where that is not f32.
+    packed: Vec<u8>,
     /// The same of a tensor, and those of all ranks, where these are given around.
     mine: Vec<f32>,
     all: Vec<f32>,
@@ -63,10 +66,11 @@ impl<B: Backend> Exchange<B> {
     ) -> Result<(Self, Vec<Range<usize>>)> {
         const WHAT: &str = "gradients that ranks exchange";
         let (slots, mut parts) = (table.slots(), owners.in_parts(table.slots())?);
+        let wire = ranks.map_or(Wire::F32, |ranks| ranks.wire);
         let buckets = match ranks {
             Some(_) => {
                 let all = buckets(table, gradients)?;
-                backend.buckets(arena, all, (slots, gradients), &parts)?
+                backend.buckets(arena, all, (slots, gradients), &parts, wire)?
             }
             None => None,
         };
@@ -93,6 +97,7 @@ impl<B: Backend> Exchange<B> {
             all: zeros(WHAT, all)?,
             send: zeros(WHAT, bucket)?,
             receive: zeros(WHAT, bucket)?,
+            packed: zeros(WHAT, if wire == Wire::F32 { 0 } else { 2 * wire.bytes(bucket) })?,
         };
         Ok((exchange, parts))
     }
@@ -269,19 +274,22 @@ impl<B: Backend> Exchange<B> {
         workspace: &B::Workspace,
         reduction: &mut B::Reduction,
         gradients: &mut FlatGradients<B>,
-        ranks: &Ranks,
+        (ranks, drawn): (&Ranks, Drawn),
     ) -> Result<u64> {
         let Some(mut buckets) = self.buckets.take() else {
             let counts = self.sum_counts(backend, workspace, reduction, ranks)?;
             let started = Instant::now();
-            self.sum_on_host(backend, gradients, ranks)?;
+            match ranks.wire {
+                Wire::F32 => self.sum_on_host(backend, gradients, ranks)?,
+                _ => self.sum_rounded_on_host(backend, gradients, (ranks, drawn))?,
+            }
             self.seconds += started.elapsed().as_secs_f64();
             backend.set_losses(reduction, counts.losses)?;
             return Ok(counts.raised_blocks);
         };
         let exchanged = (|| {
             let kept = &self.kept[..self.in_use];
-            backend.begin_exchange(&mut buckets, gradients, kept)?;
+            backend.begin_exchange(&mut buckets, gradients, kept, drawn)?;
             // While the last of it is on its way, and broken connections show at once.
             let counts = self.sum_counts(backend, workspace, reduction, ranks)?;
             backend.set_losses(reduction, counts.losses)?;
@@ -335,6 +343,72 @@ impl<B: Backend> Exchange<B> {
             ranks.all_gather(sum, bytemuck::cast_slice_mut(send))?;
             backend.write_bytes(gradients.all_mut(), at, bytemuck::cast_slice(&send[..here]))?;
             start += here;
+        }
+        Ok(())
+    }
+
+    /// The same of what is rounded where it is sent.
+    fn sum_rounded_on_host(
+        &mut self,
+        backend: &B,
+        gradients: &mut FlatGradients<B>,
+        (ranks, drawn): (&Ranks, Drawn),
+    ) -> Result<()> {
+        let (size, rank, wire) = (ranks.size(), ranks.rank(), ranks.wire);
+        let elements = gradients.len() / size_of::<f32>();
+        let Self { send: numbers, receive: parts, packed, .. } = self;
+        let [own, of_sum] = [Sent::Own, Sent::Sum].map(|sent| drawn.rounding(rank, sent));
+        let (mut start, most, signs) = (0, numbers.len(), drawn.signs());
+        while start < elements {
+            let here = most.min(elements - start);
+            let slice = here.div_ceil(size).next_multiple_of(PIECE);
+            let (numbers, parts) = (&mut numbers[..slice * size], &mut parts[..slice * size]);
+            let message = wire.bytes(slice);
+            let (sent, rest) = packed.split_at_mut(message * size);
+            let came = &mut rest[..message * size];
+            let at = start * size_of::<f32>();
+            backend.read_bytes(
+                gradients.all(),
+                at,
+                bytemuck::cast_slice_mut(&mut numbers[..here]),
+            )?;
+            numbers[here..].fill(0.0);
+            if wire.rotates() {
+                wire::rotate_all(numbers, signs);
+            }
+            let first = |rank: usize| start + rank * slice;
+            let to_all = numbers.chunks_exact(slice).zip(sent.chunks_exact_mut(message));
+            for (to, (numbers, sent)) in to_all.enumerate() {
+                wire::pack(wire, numbers, first(to), &own, sent);
+            }
+            ranks.all_to_all(sent, came)?;
+            let of_all = parts.chunks_exact_mut(slice).zip(came.chunks_exact(message));
+            for (from, (part, came)) in of_all.enumerate() {
+                match from == rank {
+                    true => part.copy_from_slice(&numbers[rank * slice..][..slice]),
+                    false => wire::unpack(wire, came, part),
+                }
+            }
+            sum_parts(parts, size);
+            let sum = &mut sent[..message];
+            wire::pack(wire, &parts[..slice], first(rank), &of_sum, sum);
+            ranks.all_gather(sum, came)?;
+            let of_all = numbers.chunks_exact_mut(slice).zip(came.chunks_exact(message));
+            of_all.for_each(|(sum, came)| wire::unpack(wire, came, sum));
+            if wire.rotates() {
+                wire::rotate_back(numbers, signs);
+            }
+            let here = bytemuck::cast_slice(&numbers[..here]);
+            backend.write_bytes(gradients.all_mut(), at, here)?;
+            start += most.min(elements - start);
+        }
+        // What was rotated with the ends of parameters stays 0.
+        if wire.rotates() {
+            let tails: Vec<_> = collect("what lies behind parameters", gradients.tails().map(Ok))?;
+            for tail in tails {
+                let zeros: Vec<u8> = zeros("what lies behind parameters", tail.len())?;
+                backend.write_bytes(gradients.all_mut(), tail.start, &zeros)?;
+            }
         }
         Ok(())
     }

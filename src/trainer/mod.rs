@@ -28,6 +28,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StateLayout, StepPlan, Trained, on_device};
 use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
+use crate::comm::wire::Drawn;
 use crate::comm::{Call, Data, Ranks};
 use crate::data::EvalWindows;
 use crate::engine::LogLevel;
@@ -960,7 +961,8 @@ impl<B: Backend> Run<B> {
         agreed?;
         let Self { model: on, buffers: Buffers { flat, workspace, .. }, .. } = self;
         let Flat { gradients, reduction, exchange, .. } = flat;
-        let raised_blocks = exchange.sum(&*on.backend, workspace, reduction, gradients, ranks);
+        let by = (ranks, Drawn { seed: state.seed, step: drawn.0 });
+        let raised_blocks = exchange.sum(&*on.backend, workspace, reduction, gradients, by);
         raised_blocks.map(Some).inspect_err(|error| ranks.end(&error.to_string()))
     }
 

@@ -206,6 +206,13 @@ static int is_refused(struct place *place) {
   group.timeout_seconds = UINT64_MAX;
   group.shard_states = 2;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "shard_states", mxt_engine_new(&options, &engine));
+  group.shard_states = 0;
+  group.gradient_wire = 4;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_WIRE_MXFP4 (3), got 4",
+        mxt_engine_new(&options, &engine));
+  group.gradient_wire = MXT_WIRE_MXFP4;
+  group.reserved = 1;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "reserved: expected 0", mxt_engine_new(&options, &engine));
   group.struct_size = 12;
   FAILS(MXT_ERROR_STRUCT_SIZE, "group", mxt_engine_new(&options, &engine));
   CHECK(place->calls == 0);

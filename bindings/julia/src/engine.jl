@@ -2,7 +2,7 @@
 
 """
     Group(rank, size; all_to_all, all_gather, abort = nothing, transport = :auto,
-        timeout_seconds = 600, shard_states = false)
+        timeout_seconds = 600, shard_states = false, gradient_wire = :f32)
 
 Rank `rank`, from 0 on, of `size` ranks that train one model together, for [`Engine`](@ref): processes
 on one machine or many, each with an engine of its own. Every rank computes its part of each step and
@@ -57,6 +57,10 @@ With `shard_states` the optimizer's states of each tensor are kept by one rank a
 and gives it to all others: no bit changes, and each rank takes a part of the memory of states. It is
 for `adamw` and `muon`. A snapshot is made by all ranks then, and rank 0 saves it.
 
+`gradient_wire` says what gradients are sent as, for slow links: `:f32`, `:bf16`, `:fp8`, or `:mxfp4`,
+of which the mean is the gradient. All but the first change losses a little, and make their bits those
+of so many ranks.
+
 A function may wait for other tasks, so ranks can also be tasks of one process.
 """
 struct Group
@@ -68,6 +72,7 @@ struct Group
     transport::Int32
     timeout_seconds::UInt64
     shard_states::Int32
+    gradient_wire::Int32
 
     function Group(
         rank,
@@ -78,6 +83,7 @@ struct Group
         transport = :auto,
         timeout_seconds = 600,
         shard_states::Bool = false,
+        gradient_wire = :f32,
     )
         which, count = c_number(UInt32, "rank", rank), c_number(UInt32, "size", size)
         ways = (
@@ -93,8 +99,21 @@ struct Group
                 ),
             )
         way = Int32(ways[transport])
+        wires = (
+            f32 = Lib.MXT_WIRE_F32,
+            bf16 = Lib.MXT_WIRE_BF16,
+            fp8 = Lib.MXT_WIRE_FP8,
+            mxfp4 = Lib.MXT_WIRE_MXFP4,
+        )
+        haskey(wires, gradient_wire) ||
+            throw(
+                ArgumentError(
+                    "gradient_wire: expected :f32, :bf16, :fp8 or :mxfp4, got $(repr(gradient_wire))",
+                ),
+            )
+        wire = Int32(wires[gradient_wire])
         seconds = c_number(UInt64, "timeout_seconds", timeout_seconds)
-        return new(which, count, all_to_all, all_gather, abort, way, seconds, shard_states)
+        return new(which, count, all_to_all, all_gather, abort, way, seconds, shard_states, wire)
     end
 end
 
@@ -113,6 +132,7 @@ function c_group(slot::Slot)
         transport = group.transport,
         timeout_seconds = group.timeout_seconds,
         shard_states = group.shard_states,
+        gradient_wire = group.gradient_wire,
     )
     return filled(Lib.mxt_group, Lib.mxt_group_init, ranks, managed)
 end

@@ -10,7 +10,7 @@ use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
     Activation, DatasetOptions, DecoderWeights, Draft, Group, Optimizer, Recipe, Recompute,
-    ScheduleKind, StoredWeights, TokenDrop, Transport,
+    ScheduleKind, StoredWeights, TokenDrop, Transport, Wire,
 };
 
 use crate::compare::CompareArgs;
@@ -215,6 +215,12 @@ pub(crate) struct RanksArgs {
     #[arg(long)]
     pub(crate) shard_states: bool,
 
+    /// What gradients are sent as, for links that are slower than what computes gradients: f32, bf16, fp8
+    /// or mxfp4, of which the mean is the gradient. All but f32 change losses a little, make their bits
+    /// those of so many ranks, and pass over --transport peer
+    #[arg(long, value_name = "FORMAT", default_value_t = Wire::default())]
+    pub(crate) gradient_wire: Wire,
+
     /// Where rank 0 of --group env listens, on a free port of a network that is trusted; the same on all
     /// ranks
     #[arg(long, value_name = "HOST:PORT", requires = "group", value_parser = rendezvous)]
@@ -224,7 +230,8 @@ pub(crate) struct RanksArgs {
 impl RanksArgs {
     /// A group as these want it.
     pub(crate) fn with(&self, group: Group) -> Group {
-        group.with_transport(self.transport).with_sharded_states(self.shard_states)
+        let group = group.with_transport(self.transport).with_wire(self.gradient_wire);
+        group.with_sharded_states(self.shard_states)
     }
 
     /// How many this process is to start, itself included.

@@ -87,11 +87,11 @@ fn option_name(what: &str) -> String {
         "total_steps" => "steps",
         "max_tokens" => "tokens",
         "accumulation" | "batch_size" | "beta1" | "beta2" | "channels" | "clip" | "decay_steps"
-        | "device" | "draft" | "draft_tokens" | "heads" | "lanes" | "layers" | "lr" | "min_lr"
-        | "min_p" | "mlp_channels" | "prompt" | "recipe" | "repetition_penalty" | "schedule"
-        | "sequence_length" | "shard_states" | "sharpness" | "temperature" | "threads"
-        | "token_drop" | "token_type" | "top_k" | "top_p" | "vocab_size" | "weight_decay"
-        | "weights" => what,
+        | "device" | "draft" | "draft_tokens" | "gradient_wire" | "heads" | "lanes" | "layers"
+        | "lr" | "min_lr" | "min_p" | "mlp_channels" | "prompt" | "recipe"
+        | "repetition_penalty" | "schedule" | "sequence_length" | "shard_states" | "sharpness"
+        | "temperature" | "threads" | "token_drop" | "token_type" | "top_k" | "top_p"
+        | "vocab_size" | "weight_decay" | "weights" => what,
         other => return other.to_owned(),
     };
     format!("--{}", option.replace('_', "-"))

@@ -80,6 +80,23 @@ fn any_number_of_processes_makes_the_same_run() {
     );
 }
 
+/// A wire changes what is learnt a little; ranks say so alike, and a run that is repeated is the same.
+#[test]
+fn gradients_may_be_sent_in_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    data(dir);
+    let losses = |name: &str, wire: &str| {
+        let log = format!("{name}.jsonl");
+        let line = format!("train {MODEL} --steps 4 --ranks 2 --out {name} --log {log} {wire}");
+        succeed(dir, &line);
+        steps(&dir.join(log))
+    };
+    let plain = losses("plain", "");
+    let rounded = losses("rounded", "--gradient-wire mxfp4");
+    assert!(plain != rounded && rounded == losses("again", "--gradient-wire mxfp4 --shard-states"));
+}
+
 #[test]
 fn what_cannot_be_is_refused_before_any_process_starts() {
     let dir = tempfile::tempdir().unwrap();
@@ -99,6 +116,7 @@ fn what_cannot_be_is_refused_before_any_process_starts() {
         ("--ranks 2 --heads 3", "3 heads do not divide"),
         ("--ranks 2 --transport nccl", "use transport auto or host"),
         ("--ranks 2 --transport rdma", "expected auto, host, nccl or peer"),
+        ("--ranks 2 --gradient-wire int8", "expected f32, bf16, fp8 or mxfp4"),
         (
             "--ranks 2 --shard-states --optimizer stable-adamw",
             "--shard-states: expected adamw or muon, without ramping, got stable-adamw",

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use super::{Buffer, Cpu};
 use crate::Result;
 use crate::backend::{Exchange, FlatGradients, Reached};
+use crate::comm::wire::Drawn;
 
 impl Exchange for Cpu {
     type Buckets = Infallible;
@@ -22,6 +23,7 @@ impl Exchange for Cpu {
         buckets: &mut Infallible,
         _: &mut FlatGradients<Self>,
         _: &[Buffer<u8>],
+        _: Drawn,
     ) -> Result<()> {
         match *buckets {}
     }

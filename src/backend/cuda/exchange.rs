@@ -23,8 +23,11 @@ use super::device::launch;
 use super::device::memory::{Arena, Piece};
 use super::device::nccl::{Communicator, Id, Message, Nccl};
 use super::device::peers::{Exported, MOST_PEERS, Mapped, Peers, Told};
+use super::quantize::random;
 use super::step::PIECE;
 use crate::backend::{Bucket, Exchange, FlatGradients, Reached, Slot};
+use crate::comm::Wire;
+use crate::comm::wire::{Drawn, Sent};
 use crate::reserve::{collect, reserve, zeros};
 use crate::{Error, Result};
 
@@ -79,6 +82,10 @@ pub(crate) struct Buckets {
     /// (ranks - 1) slices of the longest bucket, where NCCL brings them.
     received: Piece,
     stride: usize,
+    /// What gradients are sent as; where that is not f32, `received` has a message of every rank, and
+    /// `packed` one to each.
+    wire: Wire,
+    packed: Piece,
     /// What each rank owns; nothing where all update all.
     owned: Vec<Owned>,
     /// This rank's memory that others reach, as [`Kind`] counts it.
@@ -389,7 +396,7 @@ impl Buckets {
         self.received.address + (place * self.stride) as u64
     }
 
-    fn queue(&self, gpu: &Gpu, gradients: u64, kept: &[Piece]) -> Result<(), String> {
+    fn queue(&self, gpu: &Gpu, gradients: u64, kept: &[Piece], drawn: Drawn) -> Result<(), String> {
         let link = &*self.link;
         let at = |(start, len): (usize, usize)| (gradients + start as u64, len);
         let mut last = None;
@@ -423,6 +430,9 @@ impl Buckets {
                         last = Some(count);
                     }
                 }
+                Way::Nccl(nccl) if self.wire != Wire::F32 => {
+                    self.queue_rounded(gpu, nccl, bucket, gradients, drawn)?;
+                }
                 Way::Nccl(nccl) => {
                     let parts = link.others().map(|peer| Message {
                         peer,
@@ -449,6 +459,80 @@ impl Buckets {
         if let (Way::Peers(peers), Some(count)) = (&link.way, last) {
             peers.others().for_each(|by| peers.hear(&link.beside, by, Told::Arrived, count));
         }
+        Ok(())
+    }
+
+    /// The exchange of a bucket by messages that are rounded.
+    fn queue_rounded(
+        &self,
+        gpu: &Gpu,
+        nccl: &Communicator,
+        bucket: &Bucket,
+        gradients: u64,
+        drawn: Drawn,
+    ) -> Result<(), String> {
+        let Self { link, wire, stride, .. } = self;
+        let Link { rank, size, beside, .. } = &**link;
+        let (mine, signs) = (self.slice(bucket, *rank), drawn.signs());
+        let names = match wire {
+            Wire::F32 => unreachable!("sent as it is"),
+            Wire::Bf16 => ["pack_wire<BF16>", "sum_wire<BF16>", "unpack_wire<BF16>"],
+            Wire::Fp8 => ["pack_wire<FP8>", "sum_wire<FP8>", "unpack_wire<FP8>"],
+            Wire::Mxfp4 => ["pack_wire<MXFP4>", "sum_wire<MXFP4>", "unpack_wire<MXFP4>"],
+        };
+        let [pack, sum, unpack] = names;
+        let at = |base: &Piece, rank: usize| base.address + (rank * stride) as u64;
+        let message = |(_, bytes): (usize, usize)| wire.bytes(bytes / 4);
+        // A thread takes 8 numbers.
+        let eights = |(_, bytes): (usize, usize)| (bytes / 32) as u64;
+        let packed = |to: usize, slice: (usize, usize), sent: Sent| {
+            if slice.1 > 0 {
+                let rotates = wire.rotates() && matches!(sent, Sent::Own);
+                let draw = random::Draw::from(drawn.rounding(*rank, sent));
+                launch!(gpu, pack, grid(gpu, slice.1 / 2), THREADS, 0;
+                    at(&self.packed, to), gradients + slice.0 as u64, eights(slice),
+                    (slice.0 / 32) as u32, signs, u32::from(rotates), draw);
+            }
+        };
+        beside.queue(|| {
+            link.others().for_each(|peer| packed(peer, self.slice(bucket, peer), Sent::Own));
+        });
+        let parts = link.others().map(|peer| Message {
+            peer,
+            send: (at(&self.packed, peer), message(self.slice(bucket, peer))),
+            receive: (at(&self.received, peer), message(mine)),
+        });
+        nccl.exchange(parts, beside.stream())?;
+        let is_last = !self.owned.is_empty();
+        beside.queue(|| {
+            if mine.1 > 0 {
+                launch!(gpu, sum, grid(gpu, mine.1 / 2), THREADS, 0;
+                    gradients + mine.0 as u64, self.received.address, *stride as u64, *rank as u32,
+                    *size as u32, eights(mine), signs, u32::from(is_last));
+            }
+            if !is_last {
+                packed(*rank, mine, Sent::Sum);
+            }
+        });
+        if is_last {
+            return Ok(());
+        }
+        let sums = link.others().map(|peer| Message {
+            peer,
+            send: (at(&self.packed, *rank), message(mine)),
+            receive: (at(&self.received, peer), message(self.slice(bucket, peer))),
+        });
+        nccl.exchange(sums, beside.stream())?;
+        beside.queue(|| {
+            for of in 0..*size {
+                let (slice, base) = (self.slice(bucket, of), [&self.received, &self.packed]);
+                if slice.1 > 0 {
+                    launch!(gpu, unpack, grid(gpu, slice.1 / 2), THREADS, 0;
+                        gradients + slice.0 as u64, at(base[usize::from(of == *rank)], of),
+                        eights(slice), signs);
+                }
+            }
+        });
         Ok(())
     }
 
@@ -582,15 +666,25 @@ impl Exchange for Cuda {
         all: Vec<Bucket>,
         (slots, gradients): (&[Slot], &FlatGradients<Self>),
         owned: &[Vec<Range<usize>>],
+        wire: Wire,
     ) -> Result<Option<Buckets>> {
         let Some(link) = &self.link else { return Ok(None) };
         let owned = owned.iter().map(|parts| Owned::new(parts, slots, gradients));
         let owned = collect("what ranks own", owned)?;
-        let longest = |bucket: &Bucket| match owned.get(link.rank) {
-            Some(mine) => both(&bucket.range, &mine.gradients).1,
-            None => slice(bucket, link.size),
+        let longest = |bucket: &Bucket| match &owned[..] {
+            [] => slice(bucket, link.size),
+            // Of its own, but of messages those to all others as well.
+            owned => {
+                let of_one = |of: &Owned| both(&bucket.range, &of.gradients).1;
+                let all = owned.iter().map(of_one).max().unwrap_or(0);
+                if wire == Wire::F32 { of_one(&owned[link.rank]) } else { all }
+            }
         };
-        let stride = all.iter().map(longest).max().unwrap_or(0);
+        let longest = all.iter().map(longest).max().unwrap_or(0);
+        let (stride, messages, packed) = match wire {
+            Wire::F32 => (longest, link.size - 1, 0),
+            _ => (wire.bytes(longest / 4).next_multiple_of(SLICE), link.size, link.size),
+        };
         let made = all.iter().map(|_| Event::new(&self.gpu));
         Ok(Some(Buckets {
             link: link.clone(),
@@ -600,9 +694,11 @@ impl Exchange for Cuda {
             exchanged: Event::new(&self.gpu)?,
             received: arena.bytes(match link.way {
                 Way::Peers(_) => 0,
-                Way::Nccl(_) => (link.size - 1) * stride,
+                Way::Nccl(_) => messages * stride,
             }),
+            packed: arena.bytes(packed * stride),
             stride,
+            wire,
             owned,
             own: Vec::new(),
             mapped: Vec::new(),
@@ -658,14 +754,21 @@ impl Exchange for Cuda {
         buckets: &mut Buckets,
         gradients: &mut FlatGradients<Self>,
         kept: &[Piece],
+        drawn: Drawn,
     ) -> Result<()> {
         buckets.in_flight = true;
         let address = gradients.all().address;
         self.gpu
             .scope(|| {
                 buckets.passed.record();
-                buckets.queue(&self.gpu, address, kept)?;
-                buckets.link.beside.queue(|| buckets.exchanged.record());
+                buckets.queue(&self.gpu, address, kept, drawn)?;
+                // What was rotated with the ends of parameters stays 0.
+                buckets.link.beside.queue(|| {
+                    for tail in gradients.tails().filter(|_| buckets.wire.rotates()) {
+                        self.clear(address + tail.start as u64, tail.len());
+                    }
+                    buckets.exchanged.record();
+                });
                 Ok(())
             })
             .map_err(|reason: String| no_answer(&reason))?;

@@ -79,9 +79,11 @@ pub(super) static FILES: [File; 34] = [
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
     file!("estimate", ["numbers.cuh"], |_| of("estimate")),
-    file!("exchange", [], |_| {
+    file!("exchange", ["random.cuh", "numbers.cuh"], |_| {
         of("join_gradients sum_parts<0> sum_parts<2> sum_parts<4> sum_parts<8> sum_peers<2> \
-            sum_peers<3> sum_peers<4> sum_peers<5> sum_peers<6> sum_peers<7> sum_peers<8>")
+            sum_peers<3> sum_peers<4> sum_peers<5> sum_peers<6> sum_peers<7> sum_peers<8> \
+            pack_wire<BF16> pack_wire<FP8> pack_wire<MXFP4> sum_wire<BF16> sum_wire<FP8> \
+            sum_wire<MXFP4> unpack_wire<BF16> unpack_wire<FP8> unpack_wire<MXFP4>")
     }),
     file!("follow", ["numbers.cuh"], |_| {
         of("update_mean begin_track observe add_observations find_intervals reset_oscillating")

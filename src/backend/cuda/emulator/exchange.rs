@@ -1,8 +1,10 @@
 //! What lanes and ranks do with gradients: `exchange.cu`.
 
+use super::super::quantize::random::Draw;
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES};
-use crate::comm;
+use crate::comm::wire::{self, Drawn, Sent};
+use crate::comm::{self, Wire};
 
 type JoinKernel = unsafe extern "C" fn(*mut [f32; 4], *const [f32; 4], u64);
 
@@ -105,6 +107,96 @@ fn a_sum_is_in_the_memory_of_all_or_of_one() {
                 let expected = if has_sum { &expected[..] } else { before.as_flattened() };
                 assert!(one.as_flattened() == expected, "{count}: {vectors}, {only:?}, {rank}");
             }
+        }
+    }
+}
+
+type PackKernel = unsafe extern "C" fn(*mut u8, *const f32, u64, u32, u64, u32, Draw);
+type SumWireKernel = unsafe extern "C" fn(*mut f32, *const u8, u64, u32, u32, u64, u64, u32);
+type UnpackKernel = unsafe extern "C" fn(*mut f32, *const u8, u64, u64);
+
+/// Numbers of many binades, zeros, a block of them, and what is not finite in a group of its own.
+fn gradients(count: usize, seed: u64) -> Vec<f32> {
+    let mut numbers = random(count, seed);
+    for (i, number) in numbers.iter_mut().enumerate() {
+        *number *= [1.0, 1e-3, 0.0, 3e-7, 1e-38, 17.0, -1e-41][i * 7 / 5 % 7];
+    }
+    numbers[96..128].fill(0.0);
+    numbers[130] = [f32::NAN, f32::INFINITY, 3e38][seed as usize % 3];
+    numbers
+}
+
+/// Bits, but that one NaN is as good as another.
+fn bits(numbers: &[f32]) -> Vec<u32> {
+    let same = |number: &f32| if number.is_nan() { f32::NAN.to_bits() } else { number.to_bits() };
+    numbers.iter().map(same).collect()
+}
+
+/// Messages to the byte and their sums to the bit are those of the host, of any number of ranks.
+#[test]
+fn messages_and_their_sums_are_those_of_the_host() {
+    let Some(emulator) = Emulator::new("exchange") else { return };
+    let drawn = Drawn { seed: 5, step: 3 };
+    for (wire, name) in [(Wire::Bf16, "BF16"), (Wire::Fp8, "FP8"), (Wire::Mxfp4, "MXFP4")] {
+        let pack: PackKernel = emulator.kernel(&format!("pack_wire<{name}>"));
+        let sum: SumWireKernel = emulator.kernel(&format!("sum_wire<{name}>"));
+        let unpack: UnpackKernel = emulator.kernel(&format!("unpack_wire<{name}>"));
+        let (rotates, signs) = (wire.rotates(), drawn.signs());
+        for (count, ranks, mine) in [(192, 2, 1), (64 * 37, 3, 0), (4096, 5, 3)] {
+            let (bytes, first) = (wire.bytes(count), 128 * 9);
+            let (stride, eights) = (bytes.next_multiple_of(16) + 32, count as u64 / 8);
+            let schedule = SCHEDULES[ranks % 3];
+            let parts: Vec<_> = (0..ranks as u64).map(|rank| gradients(count, rank)).collect();
+            let mut messages = vec![0xaa_u8; ranks * stride];
+            let mut expected = Vec::new();
+            for (rank, part) in parts.iter().enumerate() {
+                let message = &mut messages[rank * stride..][..stride];
+                let draw = drawn.rounding(rank, Sent::Own);
+                let (to, from) = (message.as_mut_ptr(), part.as_ptr());
+                let (row, of_kernel) = ((first / 8) as u32, Draw::from(draw));
+                emulator.run(schedule, [3, 1], 64, || {
+                    // SAFETY: buffers are as long as the kernel is told.
+                    unsafe { pack(to, from, eights, row, signs, u32::from(rotates), of_kernel) };
+                });
+                let (mut rotated, mut ours) = (part.clone(), vec![0xaa_u8; stride]);
+                if rotates {
+                    wire::rotate_all(&mut rotated, signs);
+                }
+                wire::pack(wire, &rotated, first, &draw, &mut ours[..bytes]);
+                assert!(message == ours, "{wire}: rank {rank} of {ranks}");
+                if rank != mine {
+                    wire::unpack(wire, &ours[..bytes], &mut rotated);
+                }
+                expected.extend(rotated);
+            }
+            comm::sum_parts(&mut expected, ranks);
+            expected.truncate(count);
+            let mut back = expected.clone();
+            if rotates {
+                wire::rotate_back(&mut back, signs);
+            }
+            for (last, expected) in [(0, &expected), (1, &back)] {
+                let mut own = parts[mine].clone();
+                let (to, from) = (own.as_mut_ptr(), messages.as_ptr());
+                let (stride, mine, ranks) = (stride as u64, mine as u32, ranks as u32);
+                emulator.run(schedule, [2, 1], 32, || {
+                    // SAFETY: as above.
+                    unsafe { sum(to, from, stride, mine, ranks, eights, signs, last) };
+                });
+                assert!(bits(&own) == bits(expected), "{wire}: the sum of {ranks}, {last}");
+            }
+            let mut numbers = vec![f32::NAN; count];
+            let (to, from) = (numbers.as_mut_ptr(), messages.as_ptr());
+            emulator.run(schedule, [2, 1], 64, || {
+                // SAFETY: as above.
+                unsafe { unpack(to, from, eights, signs) };
+            });
+            let mut expected = vec![f32::NAN; count];
+            wire::unpack(wire, &messages[..bytes], &mut expected);
+            if rotates {
+                wire::rotate_back(&mut expected, signs);
+            }
+            assert!(bits(&numbers) == bits(&expected), "{wire}: {count} numbers");
         }
     }
 }
