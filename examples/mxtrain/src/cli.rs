@@ -888,6 +888,16 @@ pub(crate) struct PlanArgs {
     #[arg(long)]
     pub(crate) json: bool,
 
+    /// Plan a run of so many processes, as by `mxtrain train --ranks` or --gpus: what that one takes which
+    /// takes most
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) ranks: u16,
+
+    /// With --ranks: the optimizer's states of each tensor on one rank alone
+    #[arg(long, requires = "ranks")]
+    pub(crate) shard_states: bool,
+
     /// What moves the weights, and what it keeps its moments in: adamw, stable-adamw,
     /// adamw,moments=int8 and so on, as in `mxtrain train`
     #[arg(long, value_name = "NAME", default_value_t)]

@@ -1,12 +1,15 @@
 //! `mxtrain plan`: the memory of a training run, before anything is allocated.
 
+use std::io;
 use std::process::ExitCode;
 
 use indicatif::HumanBytes;
-use mxfp4train::{MemoryRoom, Plan};
+use mxfp4train::{
+    Collectives, Engine, Group, MemoryRoom, ModelConfig, Plan, TrainerOptions, Transport,
+};
 use serde::Serialize;
 
-use crate::cli::PlanArgs;
+use crate::cli::{MachineArgs, PlanArgs};
 use crate::console;
 use crate::failure::Outcome;
 use crate::fit::{Fit, Setting};
@@ -19,13 +22,20 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
-    let mut options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New, 1)?;
+    let ranks = usize::from(args.ranks);
+    let mut options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New, ranks)?;
     options.optimizer = args.optimizer;
     // Which steps are the last does not matter here, but that there are such.
     options.schedule.total_steps = 1;
     args.seed.say_if_drawn();
-    let (engine, _) = machine::open(&args.machine, args.seed.number())?;
-    let plan = mxfp4train::plan(&engine, &config, &options)?;
+    let (engine, plan) = match ranks {
+        1 => {
+            let (engine, _) = machine::open(&args.machine, args.seed.number())?;
+            let plan = mxfp4train::plan(&engine, &config, &options)?;
+            (engine, plan)
+        }
+        _ => of_largest_rank(args, ranks, &config, &options)?,
+    };
     let room = engine.memory_room();
     let fit = |bytes| Fit::new(&engine, &config, &options, bytes);
     let fit = args.fit.map(fit).transpose()?;
@@ -53,6 +63,46 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
         console::print(&format!("parameters  {parameters}\n{}{limit}{fit}", table(&plan)))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The rank of a group that takes most, and its plan.
+fn of_largest_rank(
+    args: &PlanArgs,
+    ranks: usize,
+    config: &ModelConfig,
+    options: &TrainerOptions,
+) -> Outcome<(Engine, Plan)> {
+    let mut largest: Option<(Engine, Plan)> = None;
+    for rank in 0..ranks {
+        let group = Group::new(rank, ranks, Box::new(Mirror));
+        let group = group.with_transport(Transport::Host).with_sharded_states(args.shard_states);
+        let MachineArgs { device, threads, .. } = &args.machine;
+        let seed = args.seed.number();
+        let (engine, _) = machine::open_as(device.clone(), *threads, seed, Some(group))?;
+        let plan = mxfp4train::plan(&engine, config, options)?;
+        if largest.as_ref().is_none_or(|(_, most)| plan.total() > most.total()) {
+            largest = Some((engine, plan));
+        }
+        if !args.shard_states {
+            break;
+        }
+    }
+    Ok(largest.expect("a group has ranks"))
+}
+
+/// A group of ranks that all say what this one says: enough to plan one.
+struct Mirror;
+
+impl Collectives for Mirror {
+    fn all_to_all(&mut self, send: &[u8], receive: &mut [u8]) -> io::Result<()> {
+        receive.copy_from_slice(send);
+        Ok(())
+    }
+
+    fn all_gather(&mut self, mine: &[u8], all: &mut [u8]) -> io::Result<()> {
+        all.chunks_exact_mut(mine.len().max(1)).for_each(|of_one| of_one.copy_from_slice(mine));
+        Ok(())
+    }
 }
 
 /// The plan for people.

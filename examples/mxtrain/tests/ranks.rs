@@ -98,6 +98,25 @@ fn gradients_may_be_sent_in_less() {
 }
 
 #[test]
+fn what_one_rank_takes_is_planned() {
+    let dir = tempfile::tempdir().unwrap();
+    let plan = |of: &str| -> serde_json::Value {
+        let line = format!("plan --layers 8 --channels 64 --threads 1 --json {of}");
+        serde_json::from_str(&succeed(dir.path(), &line)).unwrap()
+    };
+    let (alone, whole) = (plan(""), plan("--ranks 4"));
+    assert_eq!(alone, whole);
+    let sharded = plan("--ranks 4 --shard-states");
+    let optimizer = |plan: &serde_json::Value| plan["optimizer"].as_f64().unwrap();
+    assert!(optimizer(&sharded) < 0.3 * optimizer(&whole), "{sharded} {whole}");
+    assert_eq!(sharded["gradients"], whole["gradients"]);
+    let joined = plan("--ranks 2 --lanes 8");
+    assert_eq!(joined["exchange"].as_f64(), Some(2.0 * whole["gradients"].as_f64().unwrap()));
+    let message = refuse(dir.path(), "plan --shard-states");
+    assert!(message.contains("not provided: --ranks"), "{message}");
+}
+
+#[test]
 fn what_cannot_be_is_refused_before_any_process_starts() {
     let dir = tempfile::tempdir().unwrap();
     data(dir.path());
