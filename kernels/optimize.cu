@@ -107,10 +107,10 @@ __global__ void find_rates(float2 *rates, const double *partials, const Entry *t
 }
 
 // One update of every parameter of which there is a piece from `first` up to `pieces`, unless loss or
-// gradient norm is not finite or the norm above the limit. sums: as above. rates: of `find_rates`, or null for the step's own. With `trial` (entries,
-// 3), zeros before, nothing is stored but the bits of the largest magnitudes that the update would
-// leave of each parameter: weights, first and second moments. It is the same code, so that both see
-// the same numbers.
+// gradient norm is not finite or the norm above the limit. sums: as above. rates: of `find_rates`,
+// or null for the step's own. With `trial` (entries, 3), zeros before, nothing is stored but the
+// bits of the largest magnitudes that the update would leave of each parameter: weights, first and
+// second moments. It is the same code, so that both see the same numbers.
 __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 first,
                                            u64 pieces, const double *sums, const float2 *rates,
                                            u32 *trial, const Step &s) {

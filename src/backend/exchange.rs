@@ -33,9 +33,9 @@ pub trait Exchange: Optimize {
     /// Buckets, in the order in which they are exchanged, and what that needs.
     type Buckets: Send + Sync;
 
-    /// None where gradients go through the host's memory; else they are sent as `wire`. With `owned` each rank gets the sums of those
-    /// gradients alone whose parameters it updates: of every rank the parts of its parameters, as many
-    /// on all.
+    /// None where gradients go through the host's memory; else they are sent as `wire`. With `owned`
+    /// each rank gets the sums of those gradients alone whose parameters it updates: of every rank the
+    /// parts of its parameters, as many on all.
     fn buckets(
         &self,
         _arena: &mut Self::Arena,
@@ -73,19 +73,22 @@ pub trait Exchange: Optimize {
         drawn: Drawn,
     ) -> Result<()>;
 
-    /// Gives all ranks what [`Optimize::square_gradients`] has summed up here; what is queued from here on
-    /// comes behind what the others give.
+    /// Gives all ranks what [`Optimize::square_gradients`] has summed up here, and waits for what the
+    /// others give.
+    ///
+    /// # Errors
+    /// Where another rank does not answer in time.
     fn give_squares(&self, buckets: &mut Self::Buckets) -> Result<()>;
 
     /// An update begins, of which every part is given to all ranks.
     fn begin_gather(&self, buckets: &mut Self::Buckets);
 
     /// Gives all ranks a part of the parameters that this one owns, behind what is queued; with the
-    /// last one it takes what the others give, and waits for it.
+    /// last one it takes what the others give, and waits for it: so many seconds behind its own update.
     ///
     /// # Errors
     /// Where another rank does not answer in time.
-    fn give(&self, buckets: &Self::Buckets, part: usize) -> Result<()>;
+    fn give(&self, buckets: &Self::Buckets, part: usize) -> Result<f64>;
 
     /// Waits until what was begun is done.
     ///

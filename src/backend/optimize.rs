@@ -178,8 +178,8 @@ pub trait Optimize: Memory {
     );
     /// Clips, and makes one update of every parameter and its states after [`Optimize::reduce`],
     /// unless loss or norm is not finite or the norm above `step`'s limit: then nothing changes.
-    /// Waits for the device. `workspace` is that of [`Optimize::reduce`]. A device on whose memory
-    /// others wait calls `updated` with the number of each part once its update is queued.
+    /// Waits for the device. `workspace` is that of [`Optimize::reduce`]. A device that
+    /// gives weights to other ranks calls `updated` with the number of each part once its update is queued.
     fn update(
         &self,
         workspace: &mut Self::Workspace,

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use crate::{Error, Result};
 
-/// How gradients get from rank to rank. It changes no bit.
+/// How gradients get from rank to rank. It changes no bit where they are sent as f32 ([`super::Wire`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
     /// From GPU to GPU where these are of one host and reach each other's memory, else by NCCL where all

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::comm::{Call, Group, Ranks};
+use crate::comm::{Call, Group, Ranks, Wire};
 use crate::{CudaStream, Error, MemoryRoom, Result};
 
 /// How much a log line matters.
@@ -131,7 +131,13 @@ impl Engine {
         inner.ranks = Some(ranks);
         let engine = Self(Arc::new(inner));
         engine.log(LogLevel::Info, || match engine.ranks() {
-            Some(ranks) => format!("rank {} of {}", ranks.rank(), ranks.size()),
+            Some(ranks) => {
+                let rounded = match ranks.wire {
+                    Wire::F32 => String::new(),
+                    wire => format!(", gradients are sent as {wire}"),
+                };
+                format!("rank {} of {}{rounded}", ranks.rank(), ranks.size())
+            }
             None => String::new(),
         });
         Ok(engine)

@@ -116,11 +116,13 @@ impl<B: Backend> Exchange<B> {
     /// Lets the devices of ranks reach each other's memory, which all ranks do before a step.
     pub(super) fn meet(&mut self, backend: &B, of: &Reached<'_, B>, ranks: &Ranks) -> Result<()> {
         let Some(buckets) = &mut self.buckets else { return Ok(()) };
-        let exported = backend.export(buckets, of);
+        let exported = backend.export(buckets, of).and_then(|exported| {
+            let all = zeros("what ranks reach memory by", exported.len() * ranks.size())?;
+            Ok((exported, all))
+        });
         let agreed = ranks.agree(Call::Link, exported.as_ref().map(drop));
-        let exported = exported?;
+        let (exported, mut all) = exported?;
         agreed?;
-        let mut all = zeros("what ranks reach memory by", exported.len() * ranks.size())?;
         ranks.all_gather(&exported, &mut all)?;
         let mapped = backend.map(buckets, of, &all);
         let agreed = ranks.agree(Call::Link, mapped.as_ref().copied());
@@ -133,7 +135,9 @@ impl<B: Backend> Exchange<B> {
         let Some(mut buckets) = self.buckets.take_if(|_| self.owners.is_shared()) else {
             return Ok(());
         };
+        let started = Instant::now();
         let given = backend.give_squares(&mut buckets);
+        self.seconds += started.elapsed().as_secs_f64();
         self.keep(backend, buckets, given)
     }
 
@@ -151,10 +155,8 @@ impl<B: Backend> Exchange<B> {
         let mut seconds = 0.0;
         let made = backend.scope(|| {
             make(&mut |part| {
-                let started = Instant::now();
-                let given = backend.give(&buckets, part);
-                seconds += started.elapsed().as_secs_f64();
-                given
+                seconds += backend.give(&buckets, part)?;
+                Ok(())
             })
         });
         self.seconds += seconds;

@@ -915,7 +915,9 @@ impl<B: Backend> Run<B> {
         if std::mem::replace(&mut self.moves, weights.moves) != weights.moves {
             self.buffers.recordings = backend.recordings();
             if let Some(ranks) = ranks.filter(|_| self.buffers.flat.exchange.gives_weights()) {
-                self.buffers.flat.meet(backend, &weights.all, ranks)?;
+                // Whoever goes on with what it met before would write to where weights were.
+                let met = self.buffers.flat.meet(backend, &weights.all, ranks);
+                met.inspect_err(|error| ranks.end(&error.to_string()))?;
             }
         }
         self.begin_period(&mut weights, model, state, (known, step, call), fill)?;
@@ -1061,14 +1063,20 @@ impl<B: Backend> Run<B> {
         let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
         let summed = exchange.summed(&trained);
         backend.scope(|| backend.square_gradients(reduction, &mut trained, &summed));
-        exchange.give_squares(backend)?;
-        let mut sums = exchange.update(backend, |updated| {
+        let ended = |error: &Error| {
+            if let Some(ranks) = ranks {
+                ranks.end(&error.to_string());
+            }
+        };
+        exchange.give_squares(backend).inspect_err(ended)?;
+        let made = exchange.update(backend, |updated| {
             backend.reduce(workspace, reduction, &mut trained, &within);
             if let Some(updates) = updates {
                 updates.look(backend, reduction, &mut trained, step)?;
             }
             backend.update(workspace, reduction, &mut trained, &within, updated)
-        })?;
+        });
+        let mut sums = made.inspect_err(ended)?;
         let bounds = if sums.gradient_scale(&within).is_some() {
             bounds.after(step, sums.clipped_norm(step))
         } else if sums.gradient_scale(step).is_none() {
@@ -1100,10 +1108,11 @@ impl<B: Backend> Run<B> {
                 None => found?,
             };
             let StepSums { raised_blocks, .. } = sums;
-            sums = exchange.update(backend, |updated| {
+            let made = exchange.update(backend, |updated| {
                 backend.reduce(workspace, reduction, &mut trained, step);
                 backend.update(workspace, reduction, &mut trained, step, updated)
-            })?;
+            });
+            sums = made.inspect_err(ended)?;
             sums.raised_blocks = raised_blocks;
             Bounds::found(found, step)
         };

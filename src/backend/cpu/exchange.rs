@@ -36,7 +36,7 @@ impl Exchange for Cpu {
         match *buckets {}
     }
 
-    fn give(&self, buckets: &Infallible, _: usize) -> Result<()> {
+    fn give(&self, buckets: &Infallible, _: usize) -> Result<f64> {
         match *buckets {}
     }
 

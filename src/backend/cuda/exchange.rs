@@ -41,12 +41,16 @@ const BLOCKS: usize = 4;
 const MOST_BLOCKS: i32 = 16;
 /// Threads of each of them, which are to have enough on its way.
 const MANY_THREADS: usize = 512;
+/// Bytes that a rank receives at once, of all others, where ranks own parameters: a bucket may then be
+/// one rank's as a whole. And of a message at least.
+const OWNED: usize = 128 << 20;
+const SHORTEST: usize = 1 << 20;
 /// Whose memory a sum is written to, as kernels/exchange.cu has it.
 const ALL_PEERS: u32 = u32::MAX;
 /// How often a wait looks whether another rank has given up.
 const LOOK: Duration = Duration::from_millis(5);
-/// Longest wait for what is on its way already, unless a rank is gone.
-const LATE: Duration = Duration::from_secs(10);
+/// Longest wait of what is given back for what is on its way to it.
+const LATE: Duration = Duration::from_secs(60);
 /// After so much of a wait the processor is given away.
 const SPIN: Duration = Duration::from_millis(2);
 
@@ -62,6 +66,8 @@ pub(super) struct Link {
     /// When what no pass reads of the weights has come from the others, where that is still on its way.
     settled: Event,
     unsettled: AtomicBool,
+    /// Whether it has not come, and will not.
+    is_torn: AtomicBool,
 }
 
 /// How GPUs reach each other.
@@ -96,8 +102,9 @@ pub(crate) struct Buckets {
     master: usize,
     /// What others have told.
     words: Vec<u32>,
-    /// Whether there was an update.
+    /// Whether there was an update, and whether there is one.
     has_updated: bool,
+    gathers: bool,
     in_flight: bool,
 }
 
@@ -256,16 +263,25 @@ impl Link {
         timeout: Duration,
     ) -> Result<Self> {
         let (beside, settled) = (Beside::new(gpu)?, Event::new(gpu)?);
-        let unsettled = AtomicBool::new(false);
-        Ok(Self { way, beside, gpu: gpu.clone(), rank, size, timeout, settled, unsettled })
+        let [unsettled, is_torn] = [(); 2].map(|()| AtomicBool::new(false));
+        let gpu = gpu.clone();
+        Ok(Self { way, beside, gpu, rank, size, timeout, settled, unsettled, is_torn })
     }
 
     /// See [`Cuda::settle`].
     fn settle(&self) -> Result<(), String> {
+        self.settle_within(self.timeout)
+    }
+
+    fn settle_within(&self, most: Duration) -> Result<(), String> {
+        if self.is_torn.load(Ordering::Relaxed) {
+            return Err("weights of other ranks have not come as a whole; go on from a checkpoint"
+                .to_owned());
+        }
         if !self.unsettled.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.wait_at_most(&self.settled, LATE.min(self.timeout))?;
+        self.wait_at_most(&self.settled, most)?;
         // Who gives up lets waits end.
         match &self.way {
             Way::Peers(peers) if peers.is_given_up() => Err("another rank has given up".to_owned()),
@@ -366,7 +382,9 @@ impl Link {
 impl Buckets {
     fn abort(&mut self) {
         self.in_flight = false;
-        self.link.unsettled.store(false, Ordering::Relaxed);
+        if self.link.unsettled.swap(false, Ordering::Relaxed) {
+            self.link.is_torn.store(true, Ordering::Relaxed);
+        }
         self.link.abort();
         // What others have queued may still reach this rank's memory. That of a process stays as long as
         // others map it; that of a thread has to stay itself.
@@ -629,10 +647,31 @@ impl Buckets {
 impl Drop for Buckets {
     fn drop(&mut self) {
         // What is on its way to this rank's weights, too, which may be given back next.
-        if self.in_flight || self.link.gpu.scope(|| self.link.settle()).is_err() {
+        let link = &self.link;
+        let settled = || link.gpu.scope(|| link.settle_within(LATE.min(link.timeout))).is_ok();
+        let is_torn = link.is_torn.load(Ordering::Relaxed);
+        if self.in_flight || !(is_torn || settled()) {
             self.abort();
         }
     }
+}
+
+/// The same buckets, none longer than so many bytes.
+fn cut(all: Vec<Bucket>, most: usize) -> Result<Vec<Bucket>> {
+    const WHAT: &str = "gradients that ranks exchange";
+    let most = (most / SLICE * SLICE).max(SHORTEST);
+    let count = all.iter().map(|bucket| bucket.range.len().div_ceil(most)).sum();
+    let mut parts = Vec::new();
+    reserve(&mut parts, WHAT, count)?;
+    for Bucket { range, behind } in all {
+        let mut end = range.end;
+        while end > range.start {
+            let start = end.saturating_sub(most).max(range.start);
+            parts.push(Bucket { range: start..end, behind });
+            end = start;
+        }
+    }
+    Ok(parts)
 }
 
 /// Where two ranges meet: a start and a length.
@@ -671,6 +710,10 @@ impl Exchange for Cuda {
         let Some(link) = &self.link else { return Ok(None) };
         let owned = owned.iter().map(|parts| Owned::new(parts, slots, gradients));
         let owned = collect("what ranks own", owned)?;
+        let all = match (&link.way, &owned[..]) {
+            (Way::Nccl(_), [_, ..]) => cut(all, OWNED / (link.size - 1))?,
+            _ => all,
+        };
         let longest = |bucket: &Bucket| match &owned[..] {
             [] => slice(bucket, link.size),
             // Of its own, but of messages those to all others as well.
@@ -705,6 +748,7 @@ impl Exchange for Cuda {
             master: 0,
             words: zeros("what GPUs tell each other", 4 * link.size)?,
             has_updated: false,
+            gathers: false,
             in_flight: false,
         }))
     }
@@ -777,31 +821,25 @@ impl Exchange for Cuda {
 
     fn give_squares(&self, buckets: &mut Buckets) -> Result<()> {
         buckets.in_flight = true;
-        let first = !std::mem::replace(&mut buckets.has_updated, true);
-        let buckets = &*buckets;
         let given = self.gpu.scope(|| {
-            let Buckets { link, passed, exchanged, owned, .. } = buckets;
+            let Buckets { link, passed, exchanged, owned, .. } = &*buckets;
             passed.record();
             link.beside.wait_for(passed);
             let bytes = |of: &Owned| 8 * of.pieces.start..8 * of.pieces.end;
             buckets.spread(Kind::Squares, |rank| bytes(&owned[rank]))?;
             buckets.end_spread(exchanged)?;
-            // NOTE: the first time, kernels of the update are loaded, for which the host may wait for the
-            // device, and so without end for a rank that is gone.
-            if first {
-                return link.wait(exchanged);
-            }
-            exchanged.hold_back();
-            Ok(())
+            // NOTE: the host waits, since what the device did not get on with could not be released: all
+            // else would be queued behind it.
+            link.wait(exchanged)
         });
         given.map_err(|reason| no_answer(&reason))
     }
 
     fn begin_gather(&self, buckets: &mut Buckets) {
-        buckets.in_flight = true;
+        (buckets.in_flight, buckets.gathers) = (true, true);
     }
 
-    fn give(&self, buckets: &Buckets, part: usize) -> Result<()> {
+    fn give(&self, buckets: &Buckets, part: usize) -> Result<f64> {
         let Buckets { owned, passed, exchanged, link, master, .. } = buckets;
         let of = |range: &Range<usize>, size: usize| size * range.start..size * range.end;
         // No pass reads what copies lack, so that it has time until the next exchange.
@@ -814,7 +852,7 @@ impl Exchange for Cuda {
                 buckets.spread(Kind::Masters, |rank| of(&owned[rank].parts[part], *master))?;
             }
             if part + 1 < owned[link.rank].parts.len() {
-                return Ok(());
+                return Ok(0.0);
             }
             buckets.spread(Kind::Amaxes, |rank| of(&owned[rank].parameters, 4))?;
             buckets.end_spread(exchanged)?;
@@ -823,10 +861,18 @@ impl Exchange for Cuda {
                 buckets.end_spread(&link.settled)?;
                 link.unsettled.store(true, Ordering::Relaxed);
             }
-            // Before the host waits for the device, which other ranks hold back.
-            link.wait(exchanged)
+            // This rank's own update is no wait for others.
+            link.wait(passed)?;
+            let started = Instant::now();
+            link.wait(exchanged)?;
+            // NOTE: kernels of a trial may be loaded next, the first time, for which the driver can wait
+            // for the device, and so for a rank that is gone.
+            if !buckets.has_updated {
+                link.settle()?;
+            }
+            Ok(started.elapsed().as_secs_f64())
         });
-        given.map_err(|reason| no_answer(&reason))
+        given.map_err(|reason: String| no_answer(&reason))
     }
 
     fn end_exchange(&self, buckets: &mut Buckets) -> Result<()> {
@@ -839,6 +885,7 @@ impl Exchange for Cuda {
                 return Err(no_answer("another rank has given up"));
             }
         }
+        buckets.has_updated |= std::mem::take(&mut buckets.gathers);
         buckets.in_flight = false;
         self.gpu.check()
     }

@@ -94,13 +94,6 @@ impl Event {
         self.gpu.note("an event", result);
     }
 
-    /// What is queued from now on comes behind it.
-    pub(crate) fn hold_back(&self) {
-        // SAFETY: both live.
-        let result = unsafe { sys::cuStreamWaitEvent(self.gpu.stream(), self.event, 0) };
-        self.gpu.note("waiting for an event", result);
-    }
-
     /// Whether it has come, after it was recorded. An error of the device is kept for later.
     pub(crate) fn has_come(&self) -> bool {
         // SAFETY: it lives.

@@ -137,8 +137,8 @@ impl Drop for Mapped {
     }
 }
 
-/// What a rank tells another: which of its gradients are made, and which sums have arrived. They count
-/// on from exchange to exchange.
+/// What a rank tells another: which of its gradients are made, and what of its sums, squares or weights
+/// has arrived. They count on from exchange to exchange.
 #[derive(Clone, Copy)]
 pub(crate) enum Told {
     Made = 0,
