@@ -285,8 +285,8 @@ typedef enum mxt_schedule {
   MXT_SCHEDULE_TRAPEZOID = 3,
 } mxt_schedule;
 
-// How the gradients of ranks get from GPU to GPU. It changes no bit. On processors they go through the
-// callbacks.
+// How the gradients of ranks get from GPU to GPU. It changes no bit where they are sent as f32
+// (gradient_wire). On processors they go through the callbacks.
 typedef enum mxt_transport {
   // As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as MXT_TRANSPORT_HOST,
   // with a warning to the log.

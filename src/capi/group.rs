@@ -52,8 +52,8 @@ pub type mxt_abort_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_voi
 /// Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
 pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void)>;
 
-/// How the gradients of ranks get from GPU to GPU. It changes no bit. On processors they go through the
-/// callbacks.
+/// How the gradients of ranks get from GPU to GPU. It changes no bit where they are sent as f32
+/// (gradient_wire). On processors they go through the callbacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub enum mxt_transport {

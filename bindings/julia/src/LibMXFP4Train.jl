@@ -326,7 +326,7 @@ lr, then a straight line down to min_lr over the last decay_steps.
 """
 const MXT_SCHEDULE_TRAPEZOID = Int32(3)
 
-# mxt_transport: How the gradients of ranks get from GPU to GPU. It changes no bit. On processors they go through the callbacks.
+# mxt_transport: How the gradients of ranks get from GPU to GPU. It changes no bit where they are sent as f32 (gradient_wire). On processors they go through the callbacks.
 
 """
 As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as MXT_TRANSPORT_HOST,

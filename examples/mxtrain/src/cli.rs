@@ -187,11 +187,12 @@ pub(crate) struct TrainArgs {
 #[command(next_help_heading = "Ranks")]
 pub(crate) struct RanksArgs {
     /// GPUs that share every step, from cuda:0 on, with a process each
-    #[arg(long, value_name = "N", conflicts_with_all = ["ranks", "device"], value_parser = ranks)]
+    #[arg(long, value_name = "N", group = "several", conflicts_with_all = ["ranks", "device"],
+          value_parser = ranks)]
     pub(crate) gpus: Option<usize>,
 
     /// Processes that share every step on the --device, with a part of the cores each
-    #[arg(long, value_name = "N", value_parser = ranks)]
+    #[arg(long, value_name = "N", group = "several", value_parser = ranks)]
     pub(crate) ranks: Option<usize>,
 
     /// How often a run that loses one of its processes begins again from its last checkpoint
@@ -200,25 +201,26 @@ pub(crate) struct RanksArgs {
 
     /// Be one rank of those that torchrun, mpirun or srun has started, on one machine or several, as
     /// the environment says; with --device cuda each takes the GPU of its rank on its machine
-    #[arg(long, value_name = "HOW", value_parser = ["env"], conflicts_with_all = ["gpus", "ranks"])]
+    #[arg(long, value_name = "HOW", group = "several", value_parser = ["env"],
+          conflicts_with_all = ["gpus", "ranks"])]
     pub(crate) group: Option<String>,
 
     /// How gradients get from GPU to GPU: peer, where these are of one machine and reach each other's
     /// memory; nccl; host, through its memory; or auto, the first of these that can be. No bit depends on
-    /// it
-    #[arg(long, value_name = "HOW", default_value_t = Transport::default())]
+    /// it where gradients are sent as f32
+    #[arg(long, value_name = "HOW", requires = "several", default_value_t = Transport::default())]
     pub(crate) transport: Transport,
 
     /// Keep the optimizer's states of each tensor on one rank alone, which updates it and gives it to all:
-    /// the same bits, in a part of the memory; of GPUs with half of what is exchanged. For adamw and muon;
-    /// a run that loses a process can then only go on from its last checkpoint
-    #[arg(long)]
+    /// the same bits, in a part of the memory. For adamw and muon; a run that loses a process can then only
+    /// go on from its last checkpoint
+    #[arg(long, requires = "several")]
     pub(crate) shard_states: bool,
 
     /// What gradients are sent as, for links that are slower than what computes gradients: f32, bf16, fp8
     /// or mxfp4, of which the mean is the gradient. All but f32 change losses a little, make their bits
     /// those of so many ranks, and pass over --transport peer
-    #[arg(long, value_name = "FORMAT", default_value_t = Wire::default())]
+    #[arg(long, value_name = "FORMAT", requires = "several", default_value_t = Wire::default())]
     pub(crate) gradient_wire: Wire,
 
     /// Where rank 0 of --group env listens, on a free port of a network that is trusted; the same on all
@@ -889,10 +891,9 @@ pub(crate) struct PlanArgs {
     pub(crate) json: bool,
 
     /// Plan a run of so many processes, as by `mxtrain train --ranks` or --gpus: what that one takes which
-    /// takes most
-    #[arg(long, value_name = "N", default_value_t = 1,
-          value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) ranks: u16,
+    /// takes most, but for what nccl takes to carry gradients
+    #[arg(long, value_name = "N", value_parser = ranks)]
+    pub(crate) ranks: Option<usize>,
 
     /// With --ranks: the optimizer's states of each tensor on one rank alone
     #[arg(long, requires = "ranks")]

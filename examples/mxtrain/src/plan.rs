@@ -22,7 +22,7 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
-    let ranks = usize::from(args.ranks);
+    let ranks = args.ranks.unwrap_or(1);
     let mut options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New, ranks)?;
     options.optimizer = args.optimizer;
     // Which steps are the last does not matter here, but that there are such.
@@ -58,9 +58,16 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
         console::print_json(&bytes)?;
     } else {
         let parameters = console::scaled(config.parameter_count());
-        let limit = room.map_or_else(String::new, |room| limit(&plan, &room));
+        // What processors have is shared; a GPU is one rank's.
+        let shared = if engine.device().starts_with("cpu") { ranks as u64 } else { 1 };
+        let limit = room.map_or_else(String::new, |room| limit(plan.total() * shared, &room));
+        let of_ranks = match ranks {
+            1 => String::new(),
+            _ => format!("ranks       {ranks}; memory is that of the one that takes most\n"),
+        };
         let fit = fit.map_or_else(String::new, |fit| fit.in_words(wanted));
-        console::print(&format!("parameters  {parameters}\n{}{limit}{fit}", table(&plan)))?;
+        let table = table(&plan);
+        console::print(&format!("parameters  {parameters}\n{of_ranks}{table}{limit}{fit}"))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -124,8 +131,8 @@ pub(crate) fn table(plan: &Plan) -> String {
 }
 
 /// What there is, for people.
-fn limit(plan: &Plan, room: &MemoryRoom) -> String {
-    let verdict = match plan.total() {
+fn limit(total: u64, room: &MemoryRoom) -> String {
+    let verdict = match total {
         total if total > room.limit => "; the plan does not fit",
         total if total > room.available => "; the plan does not fit at the moment",
         _ => "",

@@ -114,6 +114,10 @@ fn what_one_rank_takes_is_planned() {
     assert_eq!(joined["exchange"].as_f64(), Some(2.0 * whole["gradients"].as_f64().unwrap()));
     let message = refuse(dir.path(), "plan --shard-states");
     assert!(message.contains("not provided: --ranks"), "{message}");
+    for alone in ["--shard-states", "--gradient-wire fp8", "--transport host"] {
+        let message = refuse(dir.path(), &format!("train --data data --out x {alone}"));
+        assert!(message.contains("not provided"), "{message}");
+    }
 }
 
 #[test]
