@@ -208,8 +208,7 @@ static int is_refused(struct place *place) {
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "shard_states", mxt_engine_new(&options, &engine));
   group.shard_states = 0;
   group.gradient_wire = 4;
-  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_WIRE_MXFP4 (3), got 4",
-        mxt_engine_new(&options, &engine));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_WIRE_MXFP4 (3), got 4", mxt_engine_new(&options, &engine));
   group.gradient_wire = MXT_WIRE_MXFP4;
   group.reserved = 1;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "reserved: expected 0", mxt_engine_new(&options, &engine));
