@@ -1203,6 +1203,30 @@ mxt_status mxt_model_next_logits(const struct mxt_model *model,
                                  float *logits,
                                  size_t count);
 
+// Writes the log-probability of every token of `text_count` texts, after those before it in its own
+// text; that of the first, before which there is none, as 0, so that those of a text add up to that of
+// all the rest. Their negative mean is the loss. Nothing but the model is needed, and nothing is kept.
+//
+// `tokens` are those of all texts, one behind the other, `token_count` in all, and `lengths` how many
+// each has: up to the model's context_length, none included. `log_probabilities` has room for
+// token_count numbers. `hidden` is NULL, or has room for token_count times the model's channels: what
+// the norm behind the last block puts out at every token, (tokens, channels), from which the head
+// makes logits. `weights` is MXT_DECODER_WEIGHTS_F32, on a GPU slow, or MXT_DECODER_WEIGHTS_BF16, which
+// a processor computes as the former. Arrays may lie in memory of the engine's GPU, but for `lengths`.
+// In a group of ranks the call is a rank's own.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (lengths that do not add up to token_count, a
+// text beyond the context, other weights), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_UNSUPPORTED (what the
+// device cannot do), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+mxt_status mxt_model_score(const struct mxt_model *model,
+                           int32_t weights,
+                           const uint32_t *tokens,
+                           size_t token_count,
+                           const size_t *lengths,
+                           size_t text_count,
+                           float *log_probabilities,
+                           float *hidden);
+
 // Fills `options` with the defaults. `struct_size` is sizeof(mxt_decoder_options) as the caller's
 // compiler sees it.
 //

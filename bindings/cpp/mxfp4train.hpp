@@ -487,6 +487,24 @@ class Model {
     return detail::finish(status, std::move(logits));
   }
 
+  // The log-probability of every token of texts, after those before it in its own text; that of the
+  // first is 0. `tokens` are those of all texts, `lengths` how many each has. Where `hidden` is not
+  // null, it becomes what the norm behind the last block puts out: (tokens, channels).
+  outcome<std::vector<float>> score(view<const std::uint32_t> tokens,
+                                    view<const std::size_t> lengths,
+                                    std::vector<float> *hidden = nullptr,
+                                    std::int32_t weights = MXT_DECODER_WEIGHTS_F32) const {
+    auto config = detail::sized<mxt_model_config>();
+    mxt_status status = mxt_model_get_config(get(), &config);
+    std::vector<float> found(tokens.size());
+    if (status == MXT_OK) {
+      if (hidden) hidden->assign(tokens.size() * config.channels, 0.0f);
+      status = mxt_model_score(get(), weights, tokens.data(), tokens.size(), lengths.data(),
+                               lengths.size(), found.data(), hidden ? hidden->data() : nullptr);
+    }
+    return detail::finish(status, std::move(found));
+  }
+
   // A continuation of `prompt`, without the prompt.
   outcome<std::vector<std::uint32_t>> generate(view<const std::uint32_t> prompt,
                                                const GenerateOptions &options = {}) {

@@ -154,6 +154,9 @@ pub trait Memory: Send + Sync + Sized + 'static {
     /// Copies f32 values to the host, from element `at` of the buffer on, after all that was asked
     /// for before.
     fn read_f32(&self, from: &Self::F32, at: usize, to: &mut [f32]) -> Result<()>;
+    /// Copies activations to the host as f32 values, from element `at` of the tensor on, after all that
+    /// was asked for before.
+    fn read_activations(&self, from: &Self::Tensor, at: usize, to: &mut [f32]) -> Result<()>;
     /// Copies bytes to the device, from byte `at` of the buffer on.
     fn write_bytes(&self, to: &mut Self::Bytes, at: usize, from: &[u8]) -> Result<()>;
     /// Copies bytes to the host, from byte `at` of the buffer on, after all that was asked for

@@ -311,3 +311,54 @@ pub unsafe extern "C" fn mxt_model_next_logits(
         })
     }
 }
+
+/// Writes the log-probability of every token of `text_count` texts, after those before it in its own
+/// text; that of the first, before which there is none, as 0, so that those of a text add up to that of
+/// all the rest. Their negative mean is the loss. Nothing but the model is needed, and nothing is kept.
+///
+/// `tokens` are those of all texts, one behind the other, `token_count` in all, and `lengths` how many
+/// each has: up to the model's context_length, none included. `log_probabilities` has room for
+/// token_count numbers. `hidden` is NULL, or has room for token_count times the model's channels: what
+/// the norm behind the last block puts out at every token, (tokens, channels), from which the head
+/// makes logits. `weights` is MXT_DECODER_WEIGHTS_F32, on a GPU slow, or MXT_DECODER_WEIGHTS_BF16, which
+/// a processor computes as the former. Arrays may lie in memory of the engine's GPU, but for `lengths`.
+/// In a group of ranks the call is a rank's own.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (lengths that do not add up to token_count, a
+/// text beyond the context, other weights), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_UNSUPPORTED (what the
+/// device cannot do), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_score(
+    model: *const mxt_model,
+    weights: i32,
+    tokens: *const u32,
+    token_count: usize,
+    lengths: *const usize,
+    text_count: usize,
+    log_probabilities: *mut f32,
+    hidden: *mut f32,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_score", model, |model| {
+            let weights = self::weights(weights)?;
+            let _reading = model.state().access().read()?;
+            let (engine, of) = (model.model.engine(), &model.model);
+            let channels = of.config().channels;
+            buffers::read(engine, "tokens", tokens, token_count, |tokens| {
+                buffers::read(engine, "lengths", lengths, text_count, |lengths| {
+                    let name = "log_probabilities";
+                    buffers::fill(engine, name, log_probabilities, token_count, |found| {
+                        if hidden.is_null() {
+                            return Ok(of.score(weights, tokens, lengths, found, None)?);
+                        }
+                        let count = token_count.saturating_mul(channels);
+                        buffers::fill(engine, "hidden", hidden, count, |hidden| {
+                            Ok(of.score(weights, tokens, lengths, found, Some(hidden))?)
+                        })
+                    })
+                })
+            })
+        })
+    }
+}

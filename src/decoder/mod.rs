@@ -76,6 +76,82 @@ impl Model {
         on_device!(self.on_device(), on => recomputing::next_logits(self, on, context, out))
     }
 
+    /// Writes the log-probability of every token of texts, after those before it in its own text; that of
+    /// the first, before which there is none, as 0, so that those of a text add up to that of all the rest.
+    /// Their negative mean is the loss. With `hidden` also what the norm behind the last block puts out at
+    /// every token: (tokens, C), from which the head makes logits.
+    ///
+    /// `tokens` are those of all texts, one behind the other, and `lengths` how many each has: up to the
+    /// context, none included. Nothing is kept of the call, nor is a [`crate::Trainer`] needed. In the
+    /// precision of `weights`, of [`DecoderWeights::F32`] (on a GPU slow) and [`DecoderWeights::Bf16`],
+    /// which a processor computes as the former. In a group of ranks it is a rank's own.
+    ///
+    /// ```
+    /// use mxfp4train::{DecoderWeights, Engine, EngineOptions, Model, ModelConfig};
+    ///
+    /// # fn main() -> mxfp4train::Result<()> {
+    /// let engine = Engine::new(EngineOptions::default())?;
+    /// let config =
+    ///     ModelConfig { vocab_size: 50, channels: 32, heads: 2, layers: 1, ..ModelConfig::default() };
+    /// let model = Model::new(&engine, &config)?;
+    /// let mut log_probabilities = [0.0; 5];
+    /// let (tokens, lengths) = ([7, 4, 9, 1, 1], [3, 2]);
+    /// model.score(DecoderWeights::F32, &tokens, &lengths, &mut log_probabilities, None)?;
+    /// let of_first: f32 = log_probabilities[..3].iter().sum();
+    /// assert!(of_first < 0.0 && log_probabilities[3] == 0.0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for lengths that do not add up to the tokens, a text beyond the context,
+    /// room for another number of results, and [`DecoderWeights::Mxfp4`]; [`Error::TokenRange`];
+    /// [`Error::OutOfMemory`], and [`Error::Unsupported`] for what the device cannot do.
+    pub fn score(
+        &self,
+        weights: DecoderWeights,
+        tokens: &[u32],
+        lengths: &[usize],
+        log_probabilities: &mut [f32],
+        hidden: Option<&mut [f32]>,
+    ) -> Result<()> {
+        let config = self.config();
+        let ModelConfig { context_length, channels, .. } = *config;
+        let of_all = lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length));
+        if of_all != Some(tokens.len()) {
+            let message = format!(
+                "expected lengths of texts that add up to the {} tokens, got {}",
+                tokens.len(),
+                of_all.map_or_else(|| "more than there can be".into(), |sum| sum.to_string())
+            );
+            return Err(Error::invalid("lengths", message));
+        }
+        if let Some(text) = lengths.iter().position(|length| *length > context_length) {
+            let message = format!(
+                "expected texts of at most {context_length} tokens, the model's context; text {text} \
+                 has {}: cut it, with as much of what comes before as is to count",
+                lengths[text]
+            );
+            return Err(Error::invalid("lengths", message));
+        }
+        if weights == DecoderWeights::Mxfp4 {
+            let message = "expected f32 or bf16; what a decoder loses in MXFP4 its eval tells";
+            return Err(Error::invalid("weights", message));
+        }
+        let room = [Some(log_probabilities.len()), hidden.as_ref().map(|hidden| hidden.len())];
+        let wanted = [("log_probabilities", 1), ("hidden", channels)];
+        for ((what, each), got) in wanted.into_iter().zip(room) {
+            let expected = tokens.len() * each;
+            if let Some(got) = got.filter(|got| *got != expected) {
+                let message = format!("expected room for {expected} numbers, got {got}");
+                return Err(Error::invalid(what, message));
+            }
+        }
+        check_tokens("the texts", tokens, config.vocab_size)?;
+        let (texts, out) = (recomputing::Texts { tokens, lengths }, (log_probabilities, hidden));
+        on_device!(self.on_device(), on => recomputing::score(self, on, &texts, weights, out))
+    }
+
     fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
         let vocab_size = self.config().vocab_size;
         if prompt.is_empty() {

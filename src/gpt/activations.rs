@@ -175,6 +175,11 @@ impl<B: Backend> Activations<B> {
         })
     }
 
+    /// What the norm behind the last block has put out: (rows, C).
+    pub(crate) fn hidden(&self) -> &B::Tensor {
+        &self.ln_f
+    }
+
     /// The input of the first block's qkv layer (rows, C).
     #[cfg(test)]
     pub(crate) fn first_qkv_input(&self) -> &B::Tensor {

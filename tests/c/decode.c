@@ -2,9 +2,10 @@
    nothing, a model that is trained, and several decoders at once. */
 #include "check.h"
 
+#include <math.h>
 #include <pthread.h>
 
-enum { VOCAB = 32 };
+enum { VOCAB = 32, CHANNELS = 16 };
 
 static void same(mxt_decoder *decoder, size_t sequence, mxt_model *model, const uint32_t *tokens,
                  size_t count) {
@@ -71,6 +72,27 @@ static void continuations(mxt_model *model) {
         mxt_decoder_logits_from(decoder, 0, 5, logits[0], VOCAB));
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "4 times 32 numbers, got 32",
         mxt_decoder_logits_from(decoder, 0, 1, logits[0], VOCAB));
+
+  /* What a text's own logits say of its next tokens, whatever texts lie beside it. */
+  const size_t lengths[3] = {5, 0, 2};
+  const uint32_t texts[7] = {text[0], text[1], text[2], text[3], text[4], text[0], text[1]};
+  float scores[7], hidden[7 * CHANNELS];
+  OK(mxt_model_score(model, MXT_DECODER_WEIGHTS_F32, texts, 7, lengths, 3, scores, hidden));
+  CHECK(scores[0] == 0.0f && scores[5] == 0.0f && scores[6] == scores[1]);
+  CHECK(memcmp(hidden, hidden + 5 * CHANNELS, 2 * CHANNELS * sizeof(float)) == 0);
+  for (size_t i = 0; i < 3; i++) {
+    double sum = 0;
+    for (size_t k = 0; k < VOCAB; k++) sum += exp(logits[i][k]);
+    double off = scores[i + 2] - (logits[i][text[i + 2]] - log(sum));
+    CHECK(off < 1e-5 && off > -1e-5);
+  }
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "add up to the 6 tokens, got 7",
+        mxt_model_score(model, MXT_DECODER_WEIGHTS_F32, texts, 6, lengths, 3, scores, NULL));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_DECODER_WEIGHTS_MXFP4 (2), got 3",
+        mxt_model_score(model, 3, texts, 7, lengths, 3, scores, NULL));
+  FAILS(MXT_ERROR_TOKEN_RANGE, "99",
+        mxt_model_score(model, MXT_DECODER_WEIGHTS_BF16, (const uint32_t[]){1, 99}, 2,
+                        (const size_t[]){2}, 1, scores, NULL));
 
   mxt_generate_options how;
   OK(mxt_generate_options_init(&how, sizeof how));

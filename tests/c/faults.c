@@ -305,6 +305,7 @@ int main(int argc, char **argv) {
   MODEL_PANICS(mxt_model_tensor_write(model, "transformer.ln_f.bias", values, 16));
   MODEL_PANICS(mxt_model_generate(model, NULL, &token, 1, NULL, 0, &written));
   MODEL_PANICS(mxt_model_next_logits(model, &token, 1, logits, VOCABULARY));
+  MODEL_PANICS(mxt_model_score(model, 0, &token, 1, (const size_t[]){1}, 1, logits, NULL));
   CHECK(written == 77);
 
   DECODER_PANICS(mxt_decoder_push(decoder, 0, &token, 1));

@@ -67,6 +67,11 @@ int main(void) {
   IS_NULL("model", mxt_model_next_logits(NULL, &token, 1, &logit, 1));
   IS_NULL("tokens", mxt_model_next_logits(model, NULL, 1, &logit, 1));
   IS_NULL("logits", mxt_model_next_logits(model, &token, 1, NULL, 1));
+  const size_t one = 1;
+  IS_NULL("model", mxt_model_score(NULL, 0, &token, 1, &one, 1, &logit, NULL));
+  IS_NULL("tokens", mxt_model_score(model, 0, NULL, 1, &one, 1, &logit, NULL));
+  IS_NULL("lengths", mxt_model_score(model, 0, &token, 1, NULL, 1, &logit, NULL));
+  IS_NULL("log_probabilities", mxt_model_score(model, 0, &token, 1, &one, 1, NULL, NULL));
   IS_NULL("model", mxt_model_generate(NULL, NULL, &token, 1, NULL, 0, &written));
   IS_NULL("prompt", mxt_model_generate(model, NULL, NULL, 1, NULL, 0, &written));
   IS_NULL("tokens", mxt_model_generate(model, NULL, &token, 1, NULL, 256, &written));

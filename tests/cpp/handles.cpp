@@ -159,6 +159,12 @@ static void tensors() {
   CHECK(logits.size() == 32 && model.generate({1, 2, 3}, greedy)[0] == likeliest);
   fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { model.next_logits({32}); });
 
+  std::vector<float> hidden;
+  const std::vector<float> scores = model.score({1, 2, 3, 1, 2}, {3, 2}, &hidden);
+  CHECK(scores.size() == 5 && scores[0] == 0 && scores[1] < 0 && scores[1] == scores[4]);
+  CHECK(hidden.size() % 5 == 0 && model.score({1, 2, 3, 1, 2}, {3, 2}) == scores);
+  fails(MXT_ERROR_INVALID_ARGUMENT, "add up", [&] { model.score({1, 2}, {3}); });
+
   mxt::DecoderOptions two;
   two.sequences = 2;
   mxt::Decoder decoder(model, two);

@@ -51,7 +51,7 @@ using Serialization: Serialization
 export Dataset, Decoder, Engine, Group, MXFP4Error, Model, Snapshot, Tensors, Trainer
 export clear_stop, config, coverage, evaluate!, fork!, generate, generate!, logits, logits_from,
     max_token, next_logits, options, parameter_count, plan, renew!, request_stop, rewind!, run!,
-    schedule_start, set_lr!, set_schedule!, set_sharpness!, step!, steps, steps_done, tensor_update,
+    schedule_start, score, set_lr!, set_schedule!, set_sharpness!, step!, steps, steps_done, tensor_update,
     tensors, tokens, use_schedule!, watch_updates!, watch_weights!, weight_metrics
 
 include("LibMXFP4Train.jl")

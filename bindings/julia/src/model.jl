@@ -94,6 +94,45 @@ function next_logits(model::Model, tokens::AbstractVector{<:Integer})
 end
 
 """
+    score(model, texts; weights = :f32, hidden = false)
+
+For each text, a vector of tokens, the log-probability of every token after those before it; that of
+the first, before which there is none, is 0, so that the sum is that of all the rest. Texts have at most
+as many tokens as the context.
+
+With `hidden` a pair: the same, and for each text what the norm behind the last block puts out, a matrix
+with a column for each token. `weights` is `:f32` or `:bf16`, which is quicker on a GPU.
+"""
+function score(
+    model::Model,
+    texts::AbstractVector{<:AbstractVector{<:Integer}};
+    weights = :f32,
+    hidden::Bool = false,
+)
+    lengths = Csize_t[length(text) for text in texts]
+    tokens = c_tokens("texts", reduce(vcat, texts; init = UInt32[]))
+    found = Vector{Float32}(undef, length(tokens))
+    states = Matrix{Float32}(undef, hidden ? config(model).channels : 0, length(tokens))
+    wanted = Int32(number_of("weights", DECODER_WEIGHTS, weights))
+    call(model) do
+        Lib.mxt_model_score(
+            model,
+            wanted,
+            tokens,
+            length(tokens),
+            lengths,
+            length(lengths),
+            found,
+            hidden ? pointer(states) : C_NULL,
+        )
+    end
+    ends = cumsum(Int.(lengths))
+    of_text(i) = (ends[i] - Int(lengths[i]) + 1):ends[i]
+    scores = [found[of_text(i)] for i in eachindex(lengths)]
+    return hidden ? (scores, [states[:, of_text(i)] for i in eachindex(lengths)]) : scores
+end
+
+"""
     generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, min_p = 0,
              repetition_penalty = 1, seed = 1337, stop_tokens = [], weights = :f32,
              draft = :none, draft_tokens = 0, slide = false)

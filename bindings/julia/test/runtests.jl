@@ -513,6 +513,20 @@ end
     @test result.steps == 1 && !isopen(trainer)
 end
 
+@testset "score" begin
+    model = new_model()
+    texts = [[1, 2, 3, 4], Int[], [5], [1, 2]]
+    scores, hidden = score(model, texts; hidden = true)
+    @test length.(scores) == length.(texts) && scores == score(model, texts)
+    @test scores[1][1] == 0 && scores[3] == [0] && scores[1][1:2] == scores[4]
+    logits = next_logits(model, [1, 2, 3])
+    @test scores[1][4] ≈ logits[5] - log(sum(exp, logits)) atol = 1e-5
+    @test size.(hidden, 2) == length.(texts) && hidden[1][:, 1:2] == hidden[4]
+    @test refuses(() -> score(model, [[1, 99]]), MXFP4Error, "99")
+    @test refuses(() -> score(model, [[-1]]), ArgumentError, "texts: ")
+    @test refuses(() -> score(model, [[1]]; weights = :mxfp4), MXFP4Error, "f32 or bf16")
+end
+
 @testset "generate" begin
     model = new_model()
     @test length(generate(model, [1, 2]; max_tokens = 5)) == 5

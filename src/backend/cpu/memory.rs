@@ -92,6 +92,10 @@ impl Memory for Cpu {
         Ok(())
     }
 
+    fn read_activations(&self, from: &Buffer<f32>, at: usize, to: &mut [f32]) -> Result<()> {
+        self.read_f32(from, at, to)
+    }
+
     fn write_bytes(&self, to: &mut Buffer<u8>, at: usize, from: &[u8]) -> Result<()> {
         to[at..][..from.len()].copy_from_slice(from);
         Ok(())

@@ -115,6 +115,17 @@ impl Memory for Cuda {
         self.read(from.at(at), to)
     }
 
+    fn read_activations(&self, from: &Tensor, at: usize, to: &mut [f32]) -> Result<()> {
+        if from.precision == Precision::F32 {
+            return self.read(from.at(at), to);
+        }
+        let mut numbers: Vec<u16> = zeros("a tensor", to.len())?;
+        self.read(from.at(at), &mut numbers)?;
+        let numbers = numbers.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32());
+        to.iter_mut().zip(numbers).for_each(|(to, number)| *to = number);
+        Ok(())
+    }
+
     fn write_bytes(&self, to: &mut Piece, at: usize, from: &[u8]) -> Result<()> {
         self.write(to.address + at as u64, from)
     }
