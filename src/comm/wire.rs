@@ -16,8 +16,7 @@ use std::str::FromStr;
 use half::bf16;
 
 use crate::formats::{
-    BLOCK, Draw, E8M0_NAN, Purpose, Range, Rounding, decode_e2m1, decode_e8m0, e4m3_scale,
-    quantize_block, rotate,
+    BLOCK, Draw, E2M1_VALUES, E8M0_NAN, PowerRule, Purpose, Range, decode_e8m0, e4m3_scale,
 };
 use crate::optim::moments::{E4m3, Float};
 use crate::{Error, Result};
@@ -124,15 +123,50 @@ fn factors(signs: u64) -> [f32; GROUP] {
 /// Rotates numbers in groups.
 pub(crate) fn rotate_all(numbers: &mut [f32], signs: u64) {
     let signs = factors(signs);
-    numbers.as_chunks_mut::<GROUP>().0.iter_mut().for_each(|group| rotate(group, &signs));
+    for group in numbers.as_chunks_mut::<GROUP>().0 {
+        group.iter_mut().zip(signs).for_each(|(number, sign)| *number *= sign);
+        transform(group);
+    }
 }
 
 /// Rotates them back.
 pub(crate) fn rotate_back(numbers: &mut [f32], signs: u64) {
     let signs = factors(signs);
     for group in numbers.as_chunks_mut::<GROUP>().0 {
-        rotate(group, &[1.0; GROUP]);
+        transform(group);
         group.iter_mut().zip(signs).for_each(|(number, sign)| *number *= sign);
+    }
+}
+
+/// x H / 8, in the order of [`crate::formats::rotate`]: strides of 1, 2 and 4, then 8, 16 and 32. NOTE: as
+/// rows of 8 numbers, of which a compiler makes vectors, first of those that lie 8 apart.
+fn transform(x: &mut [f32; GROUP]) {
+    let mut turned = [[0.0; 8]; 8];
+    for (i, x) in x.iter().enumerate() {
+        turned[i % 8][i / 8] = *x;
+    }
+    add_and_subtract(&mut turned);
+    let mut rows = [[0.0; 8]; 8];
+    for (r, row) in rows.iter_mut().enumerate() {
+        for (x, turned) in row.iter_mut().zip(&turned) {
+            *x = turned[r];
+        }
+    }
+    add_and_subtract(&mut rows);
+    for (x, row) in x.as_chunks_mut::<8>().0.iter_mut().zip(rows) {
+        *x = row.map(|x| x * 0.125);
+    }
+}
+
+/// Of rows that lie 1, 2 and 4 apart.
+#[inline(always)]
+fn add_and_subtract(rows: &mut [[f32; 8]; 8]) {
+    for stride in [1, 2, 4] {
+        for r in (0..8).filter(|r| r & stride == 0) {
+            let (low, high) = (rows[r], rows[r + stride]);
+            rows[r] = std::array::from_fn(|i| low[i] + high[i]);
+            rows[r + stride] = std::array::from_fn(|i| low[i] - high[i]);
+        }
     }
 }
 
@@ -140,18 +174,16 @@ pub(crate) fn rotate_back(numbers: &mut [f32], signs: u64) {
 /// of the gradients on, a multiple of [`GROUP`].
 pub(crate) fn pack(wire: Wire, numbers: &[f32], first: usize, draw: &Draw, to: &mut [u8]) {
     let (codes, scales) = to.split_at_mut(wire.codes(numbers.len()));
-    let blocks = numbers.as_chunks::<BLOCK>().0.iter().zip(scales).enumerate();
     match wire {
         Wire::F32 => codes.copy_from_slice(bytemuck::cast_slice(numbers)),
         Wire::Bf16 => {
             for (code, number) in codes.as_chunks_mut().0.iter_mut().zip(numbers) {
-                // As GPUs have it, which know one NaN alone.
-                let rounded = if number.is_nan() { NAN } else { bf16::from_f32(*number) };
-                *code = rounded.to_le_bytes();
+                *code = rounded_to_bf16(*number).to_le_bytes();
             }
         }
         Wire::Fp8 => {
-            for ((_, (numbers, byte)), codes) in blocks.zip(codes.as_chunks_mut::<BLOCK>().0) {
+            let blocks = numbers.as_chunks::<BLOCK>().0.iter().zip(scales);
+            for ((numbers, byte), codes) in blocks.zip(codes.as_chunks_mut::<BLOCK>().0) {
                 let amax = numbers.iter().map(|n| n.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
                 let scale = e4m3_scale(f32::from_bits(amax));
                 (*byte, *codes) = (E8M0_NAN, [0; BLOCK]);
@@ -162,24 +194,57 @@ pub(crate) fn pack(wire: Wire, numbers: &[f32], first: usize, draw: &Draw, to: &
             }
         }
         Wire::Mxfp4 => {
-            for ((block, (numbers, byte)), codes) in
-                blocks.zip(codes.as_chunks_mut::<{ BLOCK / 2 }>().0)
-            {
-                let row = (first + block * BLOCK) / 8;
-                let words: [[u32; 4]; BLOCK / 8] =
-                    std::array::from_fn(|i| draw.bits((row + i) as u32, 0));
-                let bits = |i: usize| (words[i / 8][i % 8 / 2] >> (16 * (i % 2))) as u16;
-                let (scale, block) =
-                    quantize_block(numbers, Rounding::Unbiased, Range::ThreeQuarters, bits);
-                *byte = scale;
-                *codes = std::array::from_fn(|i| block[2 * i] | block[2 * i + 1] << 4);
+            let groups = numbers.as_chunks::<GROUP>().0.iter();
+            let codes = codes.as_chunks_mut::<{ GROUP / 2 }>().0.iter_mut();
+            let scales = scales.as_chunks_mut::<{ GROUP / BLOCK }>().0.iter_mut();
+            for (number, ((group, codes), scales)) in groups.zip(codes).zip(scales).enumerate() {
+                let row = (first / GROUP + number) * (GROUP / 8);
+                round_group(group, draw.bits_of_rows(row as u32, 0), codes, scales);
             }
         }
     }
 }
 
-/// The bf16 that stands for no number.
-const NAN: bf16 = bf16::from_bits(0x7fff);
+/// A group as codes and scales, as [`crate::formats::quantize_block`] makes them of each block with
+/// [`crate::formats::Rounding::Unbiased`] and [`Range::ThreeQuarters`]. NOTE: in steps that a compiler makes
+/// vectors of; half j % 2 of word j / 2 of each eight rounds its number j.
+fn round_group(
+    numbers: &[f32; GROUP],
+    words: [[u32; GROUP / 8]; 4],
+    codes: &mut [u8; GROUP / 2],
+    scales: &mut [u8; GROUP / BLOCK],
+) {
+    let mut bits = [0u32; GROUP];
+    for (eight, bits) in bits.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        *bits = std::array::from_fn(|j| words[j / 2][eight] >> (16 * (j % 2)) & 0xffff);
+    }
+    let mut rounded = [0u32; GROUP];
+    let blocks = numbers.as_chunks::<BLOCK>().0.iter().zip(rounded.as_chunks_mut::<BLOCK>().0);
+    let blocks = blocks.zip(bits.as_chunks::<BLOCK>().0).zip(scales);
+    for (((numbers, rounded), bits), scale) in blocks {
+        *scale = PowerRule::Floor.byte(numbers);
+        if *scale == E8M0_NAN {
+            continue;
+        }
+        let factor = Range::ThreeQuarters.factor() * decode_e8m0(254 - *scale);
+        for ((rounded, number), bits) in rounded.iter_mut().zip(numbers).zip(bits) {
+            let y = number.abs() * factor;
+            let (u, first) = if y < 1.0 { (y + 1.0, 254) } else { (y, 252) };
+            let magnitude = ((u.to_bits() + (bits << 6 | 32)) >> 22).wrapping_sub(first);
+            *rounded = magnitude | number.to_bits() >> 31 << 3;
+        }
+    }
+    for (code, pair) in codes.iter_mut().zip(rounded.as_chunks::<2>().0) {
+        *code = (pair[0] | pair[1] << 4) as u8;
+    }
+}
+
+/// The bits of the nearest bf16, of two the even one; of no number, as GPUs have it, 0x7fff.
+fn rounded_to_bf16(number: f32) -> u16 {
+    let bits = number.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if number.is_nan() { 0x7fff } else { rounded as u16 }
+}
 
 /// What is lost by [`Range::ThreeQuarters`].
 const BACK: f32 = 4.0 / 3.0;
@@ -205,9 +270,11 @@ pub(crate) fn unpack(wire: Wire, from: &[u8], numbers: &mut [f32]) {
                 blocks.zip(codes.as_chunks::<{ BLOCK / 2 }>().0).zip(scales)
             {
                 let scale = decode_e8m0(*byte);
-                let number =
-                    |i: usize| decode_e2m1(codes[i / 2] >> (4 * (i % 2)) & 15) * scale * BACK;
-                *numbers = std::array::from_fn(number);
+                for (i, number) in numbers.iter_mut().enumerate() {
+                    let code = codes[i / 2] >> (4 * (i % 2));
+                    let magnitude = E2M1_VALUES[usize::from(code & 7)] * scale * BACK;
+                    *number = f32::from_bits(magnitude.to_bits() | u32::from(code & 8) << 28);
+                }
             }
         }
     }
@@ -216,6 +283,7 @@ pub(crate) fn unpack(wire: Wire, from: &[u8], numbers: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::formats::{Rounding, quantize_block, rotate};
 
     const WIRES: [Wire; 4] = [Wire::F32, Wire::Bf16, Wire::Fp8, Wire::Mxfp4];
 
@@ -286,6 +354,45 @@ mod tests {
                 assert!(!back[70].is_finite(), "{wire}: {value}");
                 assert!(back[..64].iter().chain(&back[128..]).all(|x| x.is_finite()), "{wire}");
             }
+        }
+    }
+
+    /// Codes, scales, rotations and bf16 are those of definitions elsewhere.
+    #[test]
+    fn groups_are_those_of_the_definition() {
+        let (drawn, count) = (Drawn { seed: 3, step: 9 }, 64 * 50);
+        let (mut numbers, draw) = (numbers(count, 4), drawn.rounding(2, Sent::Sum));
+        numbers[70..100].fill(0.0);
+        numbers[200] = f32::NAN;
+        numbers[300] = f32::MAX;
+        numbers[400..500].iter_mut().for_each(|x| *x *= 1e-36);
+        let mut bytes = vec![0; Wire::Mxfp4.bytes(count)];
+        pack(Wire::Mxfp4, &numbers, 640, &draw, &mut bytes);
+        let (codes, scales) = bytes.split_at(count / 2);
+        for (i, block) in numbers.as_chunks::<BLOCK>().0.iter().enumerate() {
+            let bits = |k: usize| {
+                let at = 640 + i * BLOCK + k;
+                let words = draw.bits((at / 8) as u32, 0);
+                (words[at % 8 / 2] >> (16 * (at % 2))) as u16
+            };
+            let (scale, of_block) =
+                quantize_block(block, Rounding::Unbiased, Range::ThreeQuarters, bits);
+            assert_eq!(scales[i], scale, "{i}");
+            for (k, code) in of_block.into_iter().enumerate() {
+                let at = i * BLOCK + k;
+                assert_eq!(codes[at / 2] >> (4 * (at % 2)) & 15, code, "{i}, {k}");
+            }
+        }
+        let mut rotated = numbers.clone();
+        rotate_all(&mut rotated, drawn.signs());
+        let signs = factors(drawn.signs());
+        numbers.as_chunks_mut::<GROUP>().0.iter_mut().for_each(|group| rotate(group, &signs));
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&rotated[256..]) == bits(&numbers[256..]));
+        for number in numbers {
+            let exact = bf16::from_f32(number).to_bits();
+            let ours = rounded_to_bf16(number);
+            assert!(ours == exact || number.is_nan() && ours == 0x7fff, "{number}");
         }
     }
 

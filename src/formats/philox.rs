@@ -189,12 +189,14 @@ impl Draw {
     /// [`Draw::bits`] for N groups of columns from `first` on, word by word. NOTE: in steps that a
     /// compiler makes vectors of, which takes half as long.
     pub(crate) fn bits_of_groups<const N: usize>(&self, row: u32, first: u32) -> [[u32; N]; 4] {
-        let mut words = [
-            [row; N],
-            std::array::from_fn(|i| self.word1 | first.wrapping_add(i as u32)),
-            [self.word2; N],
-            [self.word3; N],
-        ];
+        let columns = std::array::from_fn(|i| self.word1 | first.wrapping_add(i as u32));
+        self.bits_of([row; N], columns)
+    }
+
+    /// Of first and second words of N counters.
+    #[inline(always)]
+    fn bits_of<const N: usize>(&self, first: [u32; N], second: [u32; N]) -> [[u32; N]; 4] {
+        let mut words = [first, second, [self.word2; N], [self.word3; N]];
         let [mut k0, mut k1] = self.key;
         for _ in 0..10 {
             let [c0, c1, c2, c3] = &mut words;
@@ -208,6 +210,18 @@ impl Draw {
             k1 = k1.wrapping_add(W1);
         }
         words
+    }
+
+    /// [`Draw::bits`] for N rows from `first` on, word by word, likewise.
+    pub(crate) fn bits_of_rows<const N: usize>(
+        &self,
+        first: u32,
+        column_group: u32,
+    ) -> [[u32; N]; 4] {
+        self.bits_of(
+            std::array::from_fn(|i| first.wrapping_add(i as u32)),
+            [self.word1 | column_group; N],
+        )
     }
 
     /// The 16 bits of one element of the source tensor.
