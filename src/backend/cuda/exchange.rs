@@ -382,10 +382,13 @@ impl Link {
 impl Buckets {
     fn abort(&mut self) {
         self.in_flight = false;
-        if self.link.unsettled.swap(false, Ordering::Relaxed) {
-            self.link.is_torn.store(true, Ordering::Relaxed);
+        let link = &self.link;
+        // Before waits are released, by which it would come as well.
+        let has_come = || link.gpu.scope(|| link.settled.has_come());
+        if link.unsettled.swap(false, Ordering::Relaxed) && !has_come() {
+            link.is_torn.store(true, Ordering::Relaxed);
         }
-        self.link.abort();
+        link.abort();
         // What others have queued may still reach this rank's memory. That of a process stays as long as
         // others map it; that of a thread has to stay itself.
         let is_of_this = |(rank, of): (usize, &Mapped)| rank != self.link.rank && !of.is_opened();
