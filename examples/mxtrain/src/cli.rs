@@ -230,6 +230,21 @@ pub(crate) struct RanksArgs {
 }
 
 impl RanksArgs {
+    /// What a resumed run has to be given again to be the same to the bit.
+    pub(crate) fn again(&self) -> String {
+        if self.gradient_wire == Wire::F32 {
+            return String::new();
+        }
+        let several = match (self.gpus, self.ranks, &self.rendezvous) {
+            (Some(gpus), ..) => format!("--gpus {gpus}"),
+            (_, Some(ranks), _) => format!("--ranks {ranks}"),
+            (.., Some(place)) => format!("--group env --rendezvous {place}"),
+            _ => "--group env".to_owned(),
+        };
+        let shards = if self.shard_states { " --shard-states" } else { "" };
+        format!(" {several} --gradient-wire {}{shards}", self.gradient_wire)
+    }
+
     /// A group as these want it.
     pub(crate) fn with(&self, group: Group) -> Group {
         let group = group.with_transport(self.transport).with_wire(self.gradient_wire);
@@ -324,9 +339,9 @@ pub(crate) struct StartArgs {
     pub(crate) init_from: Option<PathBuf>,
 
     /// Go on with the run saved in a checkpoint folder, with the options that it was started with,
-    /// but for how many processes there are and what they keep, --weights-every, --save-in-background,
-    /// --tensorboard, --save-fallback, and --log unless it is a file in that folder: where else to
-    /// write is not for a checkpoint to say
+    /// but for how many processes there are, what they keep and what they send (--gradient-wire),
+    /// --weights-every, --save-in-background, --tensorboard, --save-fallback, and --log unless it is a
+    /// file in that folder: where else to write is not for a checkpoint to say
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 

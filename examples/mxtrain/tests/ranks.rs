@@ -95,6 +95,11 @@ fn gradients_may_be_sent_in_less() {
     let plain = losses("plain", "");
     let rounded = losses("rounded", "--gradient-wire mxfp4");
     assert!(plain != rounded && rounded == losses("again", "--gradient-wire mxfp4 --shard-states"));
+    // Whoever stops such a run is told how to go on with it.
+    let child = long_run_with(dir, "--gradient-wire fp8");
+    interrupt(&child);
+    let (_, out, error) = end(child);
+    assert!(out.contains("--ranks 3 --gradient-wire fp8"), "{out}{error}");
 }
 
 #[test]

@@ -277,7 +277,8 @@ impl Run {
                 files,
                 lock,
             )
-            .in_background(args.start.save_in_background),
+            .in_background(args.start.save_in_background)
+            .among(args.ranks.again()),
             evaluated: None,
             losses: Default::default(),
             spikes: SpikeWatch::new(warm_up),

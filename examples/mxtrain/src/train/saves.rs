@@ -42,6 +42,8 @@ pub(crate) struct Saves {
     places: Places,
     /// Options that a resumed run has to be given again, with their values.
     again: Vec<(&'static str, u64)>,
+    /// Those of its ranks, as they are typed.
+    ranks: String,
     pub(crate) run_file: RunFile,
     /// Put beside the checkpoint's own files, with `run_file`.
     files: hugging_face::Files,
@@ -77,7 +79,13 @@ impl Saves {
         lock: RunLock,
     ) -> Self {
         let (last, beside, failed, background) = (None, None, 0, None);
-        Self { out, places, again, run_file, files, lock, last, beside, failed, background }
+        let ranks = String::new();
+        Self { out, places, again, ranks, run_file, files, lock, last, beside, failed, background }
+    }
+
+    /// With options of ranks that a resumed run has to be given again.
+    pub(crate) fn among(self, ranks: String) -> Self {
+        Self { ranks, ..self }
     }
 
     /// Whether [`Saves::begin`] waits for what it begins.
@@ -314,6 +322,7 @@ impl Saves {
         if self.background.is_some() {
             command.push_str(" --save-in-background");
         }
+        command.push_str(&self.ranks);
         command
     }
 
