@@ -317,8 +317,9 @@ pub unsafe extern "C" fn mxt_model_next_logits(
 /// all the rest. Their negative mean is the loss. Nothing but the model is needed, and nothing is kept.
 ///
 /// `tokens` are those of all texts, one behind the other, `token_count` in all, and `lengths` how many
-/// each has: up to the model's context_length, none included. `log_probabilities` has room for
-/// token_count numbers. `hidden` is NULL, or has room for token_count times the model's channels: what
+/// each has: 0 up to the model's context_length. Arrays may be NULL where they have no elements.
+/// `log_probabilities` has room for token_count numbers. On a processor they are those of each text
+/// alone, bit for bit. `hidden` is NULL, or has room for token_count times the model's channels: what
 /// the norm behind the last block puts out at every token, (tokens, channels), from which the head
 /// makes logits. `weights` is MXT_DECODER_WEIGHTS_F32, on a GPU slow, or MXT_DECODER_WEIGHTS_BF16, which
 /// a processor computes as the former. Arrays may lie in memory of the engine's GPU, but for `lengths`.
@@ -341,7 +342,12 @@ pub unsafe extern "C" fn mxt_model_score(
     // SAFETY: pointers are NULL or valid, as the header asks.
     unsafe {
         guard::method("mxt_model_score", model, |model| {
-            let weights = self::weights(weights)?;
+            use mxt_decoder_weights as C;
+            let all = [
+                (C::F32 as i32, "MXT_DECODER_WEIGHTS_F32", DecoderWeights::F32),
+                (C::Bf16 as i32, "MXT_DECODER_WEIGHTS_BF16", DecoderWeights::Bf16),
+            ];
+            let weights = arguments::one_of("weights", weights, &all)?;
             let _reading = model.state().access().read()?;
             let (engine, of) = (model.model.engine(), &model.model);
             let channels = of.config().channels;

@@ -81,8 +81,8 @@ impl Model {
     /// Their negative mean is the loss. With `hidden` also what the norm behind the last block puts out at
     /// every token: (tokens, C), from which the head makes logits.
     ///
-    /// `tokens` are those of all texts, one behind the other, and `lengths` how many each has: up to the
-    /// context, none included. Nothing is kept of the call, nor is a [`crate::Trainer`] needed. In the
+    /// `tokens` are those of all texts, one behind the other, and `lengths` how many each has: 0 up to the
+    /// context. Nothing is kept of the call, nor is a [`crate::Trainer`] needed. In the
     /// precision of `weights`, of [`DecoderWeights::F32`] (on a GPU slow) and [`DecoderWeights::Bf16`],
     /// which a processor computes as the former. In a group of ranks it is a rank's own.
     ///
@@ -129,13 +129,13 @@ impl Model {
         if let Some(text) = lengths.iter().position(|length| *length > context_length) {
             let message = format!(
                 "expected texts of at most {context_length} tokens, the model's context; text {text} \
-                 has {}: cut it, with as much of what comes before as is to count",
+                 has {}: cut it into several, which may overlap",
                 lengths[text]
             );
             return Err(Error::invalid("lengths", message));
         }
         if weights == DecoderWeights::Mxfp4 {
-            let message = "expected f32 or bf16; what a decoder loses in MXFP4 its eval tells";
+            let message = "expected f32 or bf16, got mxfp4; a Decoder's eval has the loss in MXFP4";
             return Err(Error::invalid("weights", message));
         }
         let room = [Some(log_probabilities.len()), hidden.as_ref().map(|hidden| hidden.len())];

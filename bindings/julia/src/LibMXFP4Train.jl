@@ -1551,8 +1551,9 @@ text; that of the first, before which there is none, as 0, so that those of a te
 all the rest. Their negative mean is the loss. Nothing but the model is needed, and nothing is kept.
 
 `tokens` are those of all texts, one behind the other, `token_count` in all, and `lengths` how many
-each has: up to the model's context_length, none included. `log_probabilities` has room for
-token_count numbers. `hidden` is NULL, or has room for token_count times the model's channels: what
+each has: 0 up to the model's context_length. Arrays may be NULL where they have no elements.
+`log_probabilities` has room for token_count numbers. On a processor they are those of each text
+alone, bit for bit. `hidden` is NULL, or has room for token_count times the model's channels: what
 the norm behind the last block puts out at every token, (tokens, channels), from which the head
 makes logits. `weights` is MXT_DECODER_WEIGHTS_F32, on a GPU slow, or MXT_DECODER_WEIGHTS_BF16, which
 a processor computes as the former. Arrays may lie in memory of the engine's GPU, but for `lengths`.

@@ -524,7 +524,7 @@ end
     @test size.(hidden, 2) == length.(texts) && hidden[1][:, 1:2] == hidden[4]
     @test refuses(() -> score(model, [[1, 99]]), MXFP4Error, "99")
     @test refuses(() -> score(model, [[-1]]), ArgumentError, "texts: ")
-    @test refuses(() -> score(model, [[1]]; weights = :mxfp4), MXFP4Error, "f32 or bf16")
+    @test refuses(() -> score(model, [[1]]; weights = :mxfp4), MXFP4Error, "MXT_DECODER_WEIGHTS_BF16 (1), got 2")
 end
 
 @testset "generate" begin
