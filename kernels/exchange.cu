@@ -218,7 +218,10 @@ __device__ __forceinline__ void write(u8 *to, u64 i, u64 eights, bool inside, co
     float inverse = __uint_as_float((254u << 23) - __float_as_uint(known ? scale : 1.0f));
 #pragma unroll
     for (u32 k = 0; k < EACH; k++)
-      if (known) words[k / 4] |= code_of_e4m3(round_to_e4m3(__fmul_rn(x.of[k], inverse))) << 8 * (k % 4);
+      if (known) {
+        float rounded = round_to_e4m3(__fmul_rn(x.of[k], inverse));
+        words[k / 4] |= code_of_e4m3(rounded) << 8 * (k % 4);
+      }
     if (!inside) return;
     ((uint2 *)to)[i] = make_uint2(words[0], words[1]);
     if (i % 4 == 0) to[8 * eights + i / 4] = (u8)(known ? __float_as_uint(scale) >> 23 : 255);

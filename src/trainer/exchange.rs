@@ -400,17 +400,15 @@ impl<B: Backend> Exchange<B> {
             if wire.rotates() {
                 wire::rotate_back(numbers, signs);
             }
-            let here = bytemuck::cast_slice(&numbers[..here]);
-            backend.write_bytes(gradients.all_mut(), at, here)?;
-            start += most.min(elements - start);
-        }
-        // What was rotated with the ends of parameters stays 0.
-        if wire.rotates() {
-            let tails: Vec<_> = collect("what lies behind parameters", gradients.tails().map(Ok))?;
-            for tail in tails {
-                let zeros: Vec<u8> = zeros("what lies behind parameters", tail.len())?;
-                backend.write_bytes(gradients.all_mut(), tail.start, &zeros)?;
+            // What was rotated with the ends of parameters stays 0.
+            for tail in gradients.tails().filter(|_| wire.rotates()) {
+                let [from, to] = [tail.start, tail.end]
+                    .map(|byte| (byte / size_of::<f32>()).clamp(start, start + here) - start);
+                numbers[from..to].fill(0.0);
             }
+            let sums = bytemuck::cast_slice(&numbers[..here]);
+            backend.write_bytes(gradients.all_mut(), at, sums)?;
+            start += here;
         }
         Ok(())
     }

@@ -172,9 +172,7 @@ impl<B: Backend> Flat<B> {
             exchange,
         })
     }
-}
 
-impl<B: Backend> Flat<B> {
     /// Lets the devices of ranks reach each other's memory, which all ranks do before a step.
     pub(super) fn meet(&mut self, backend: &B, weights: &B::Weights, ranks: &Ranks) -> Result<()> {
         let Self { gradients, reduction, exchange, .. } = self;
