@@ -86,36 +86,16 @@ struct Group
         gradient_wire = :f32,
     )
         which, count = c_number(UInt32, "rank", rank), c_number(UInt32, "size", size)
-        ways = (
-            auto = Lib.MXT_TRANSPORT_AUTO,
-            host = Lib.MXT_TRANSPORT_HOST,
-            nccl = Lib.MXT_TRANSPORT_NCCL,
-            peer = Lib.MXT_TRANSPORT_PEER,
-        )
-        haskey(ways, transport) ||
-            throw(
-                ArgumentError(
-                    "transport: expected :auto, :host, :nccl or :peer, got $(repr(transport))",
-                ),
-            )
-        way = Int32(ways[transport])
-        wires = (
-            f32 = Lib.MXT_WIRE_F32,
-            bf16 = Lib.MXT_WIRE_BF16,
-            fp8 = Lib.MXT_WIRE_FP8,
-            mxfp4 = Lib.MXT_WIRE_MXFP4,
-        )
-        haskey(wires, gradient_wire) ||
-            throw(
-                ArgumentError(
-                    "gradient_wire: expected :f32, :bf16, :fp8 or :mxfp4, got $(repr(gradient_wire))",
-                ),
-            )
-        wire = Int32(wires[gradient_wire])
+        way = Int32(number_of("transport", TRANSPORTS, transport))
+        wire = Int32(number_of("gradient_wire", WIRES, gradient_wire))
         seconds = c_number(UInt64, "timeout_seconds", timeout_seconds)
         return new(which, count, all_to_all, all_gather, abort, way, seconds, shard_states, wire)
     end
 end
+
+# In the order of the header.
+const TRANSPORTS = (:auto, :host, :nccl, :peer)
+const WIRES = (:f32, :bf16, :fp8, :mxfp4)
 
 # The group in a slot as C has it, whose functions get the slot.
 function c_group(slot::Slot)
