@@ -2,17 +2,26 @@
 //
 // A row of 50,304 bf16 logits is 100 KB: the second pass finds it in the L2 cache.
 
+// Losses of rows of logits, and their gradients.
+struct Losses {
+  void *logits;         // (rows, stride)
+  float *losses;        // (rows)
+  const u32 *targets;   // (rows)
+  const float *weights; // (rows): a factor of each gradient, or null
+  u32 vocab, stride;
+  float scale; // of all gradients
+  u32 gradient;
+};
+
 // losses (rows) = log sum exp(logits) - logits[target], overwritten; with `gradient` not 0, logits
-// (rows, stride) become scale (softmax - one_hot) in columns 0 .. vocab - 1 and 0 beyond.
+// become weight scale (softmax - one_hot) in columns 0 .. vocab - 1 and 0 beyond.
 // stride is a multiple of 8. Grid: rows; block: 1024.
-template <class T>
-__global__ void __launch_bounds__(1024) softmax_loss(T *logits, float *losses, const u32 *targets,
-                                                     u32 vocab, u32 stride, float scale,
-                                                     u32 gradient) {
+template <class T> __global__ void __launch_bounds__(1024) softmax_loss(Losses l) {
   begin();
   __shared__ float scratch[WARP];
-  T *row = logits + (size_t)blockIdx.x * stride;
-  u32 target = targets[blockIdx.x], step = blockDim.x * 8;
+  u32 vocab = l.vocab, stride = l.stride;
+  T *row = (T *)l.logits + (size_t)blockIdx.x * stride;
+  u32 target = l.targets[blockIdx.x], step = blockDim.x * 8;
   const float infinity = __int_as_float(0x7f800000);
   float at_target = to_f32(row[target]);
 
@@ -38,10 +47,10 @@ __global__ void __launch_bounds__(1024) softmax_loss(T *logits, float *losses, c
   float most = block_max(largest, scratch);
   // A thread that saw no column has the maximum -infinity and the sum 0.
   sum = block_sum(sum == 0.0f ? 0.0f : sum * __expf(largest - most), scratch);
-  if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - at_target;
-  if (!gradient) return;
+  if (threadIdx.x == 0) l.losses[blockIdx.x] = logf(sum) + most - at_target;
+  if (!l.gradient) return;
 
-  float factor = scale / sum;
+  float scale = l.weights ? l.scale * l.weights[blockIdx.x] : l.scale, factor = scale / sum;
   for (u32 i = threadIdx.x * 8; i < stride; i += step) {
     float v[8];
     load8(row + i, v);

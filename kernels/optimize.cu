@@ -32,12 +32,28 @@ __global__ void square_gradients(double *partials, const Entry *table, u32 entri
   }
 }
 
-// *sum += the sum of losses (rows), or without `accumulate` = it. Grid: 1; block: 1024.
-__global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accumulate) {
+// gradients (n) times a number. n is a multiple of 8. Grid: any; block: any.
+template <class T> __global__ void scale_gradients(T *gradients, u64 n, float factor) {
+  begin();
+  u64 step = (u64)gridDim.x * blockDim.x * 8;
+  for (u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8; i < n; i += step) {
+    float v[8];
+    load8(gradients + i, v);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] *= factor;
+    store8(gradients + i, v);
+  }
+}
+
+// *sum += the sum of losses (rows), or without `accumulate` = it; each times its weight, unless
+// weights are null. Grid: 1; block: 1024.
+__global__ void sum_losses(double *sum, const float *losses, const float *weights, u32 rows,
+                           u32 accumulate) {
   begin();
   __shared__ double scratch[WARP];
   double total = 0.0;
-  for (u32 i = threadIdx.x; i < rows; i += blockDim.x) total += losses[i];
+  for (u32 i = threadIdx.x; i < rows; i += blockDim.x)
+    total += weights ? (double)losses[i] * (double)weights[i] : (double)losses[i];
   total = block_sum_double(total, scratch);
   if (threadIdx.x == 0) *sum = accumulate ? *sum + total : total;
 }

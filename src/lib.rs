@@ -87,7 +87,7 @@ mod signals;
 mod thread;
 mod trainer;
 
-pub use backend::CudaStream;
+pub use backend::{CudaStream, HostLoss, LogitRows};
 pub use checkpoint::{StoredTensor, StoredWeights};
 pub use comm::{Collectives, Group, Transport, Wire};
 pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
@@ -107,6 +107,6 @@ pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::{Cadence, TrainerOptions};
 pub use trainer::{
-    Carried, EvalStats, Plan, Sharpness, Snapshot, Spared, StepStats, StopHandle, TensorUpdate,
-    Trainer, UpdateMetrics, WeightChange, WeightMetrics, carriers, emulation, plan,
+    Batch, Carried, EvalStats, IGNORED, Plan, Sharpness, Snapshot, Spared, StepStats, StopHandle,
+    TensorUpdate, Trainer, UpdateMetrics, WeightChange, WeightMetrics, carriers, emulation, plan,
 };

@@ -400,6 +400,7 @@ impl Recipe {
         let formats = (0..layers).map(|layer| Ok(self.for_layer(layer, layers, 0, 0)));
         Ok(StepPlan {
             accumulate: false,
+            weighted: false,
             precision: self.precision(),
             layers: collect("the formats of the blocks", formats)?,
             kept: None,

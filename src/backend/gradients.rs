@@ -55,6 +55,13 @@ impl<B: Memory> FlatGradients<B> {
         self.places[slot.index].start
     }
 
+    /// The bytes of those of some parameters in a row.
+    pub(super) fn bytes_of(&self, of: &Range<usize>) -> Range<usize> {
+        let places = &self.places[of.clone()];
+        let start = places.first().map_or(0, |first| first.start);
+        start..places.last().map_or(start, |last| last.start + last.bytes())
+    }
+
     /// What lies behind parameters, as ranges of bytes, where that is any.
     pub(crate) fn tails(&self) -> impl Iterator<Item = Range<usize>> {
         let starts = self.places.iter().skip(1).map(|place| place.start).chain([self.len]);
@@ -93,16 +100,15 @@ impl<B: Memory> FlatGradients<B> {
         Ok(())
     }
 
-    /// Overwrites those of a parameter, rounded to nearest.
-    #[cfg(test)]
-    pub(crate) fn write(&mut self, backend: &B, slot: Slot, from: &[f32]) {
+    /// Overwrites those of a parameter, rounded to nearest, after all that was asked for before.
+    pub(crate) fn write(&mut self, backend: &B, slot: Slot, from: &[f32]) -> Result<()> {
         let place = self.places[slot.index];
-        let numbers: Vec<_> =
-            from.iter().map(|value| half::bf16::from_f32(*value).to_bits()).collect();
-        let bytes = match place.precision {
-            Precision::F32 => bytemuck::cast_slice(from),
-            Precision::Bf16 => bytemuck::cast_slice(&numbers),
-        };
-        backend.write_bytes(&mut self.bytes, place.start, bytes).unwrap();
+        if place.precision == Precision::F32 {
+            return backend.write_bytes(&mut self.bytes, place.start, bytemuck::cast_slice(from));
+        }
+        let mut numbers: Vec<u16> = Vec::new();
+        reserve(&mut numbers, "a tensor", from.len())?;
+        numbers.extend(from.iter().map(|value| half::bf16::from_f32(*value).to_bits()));
+        backend.write_bytes(&mut self.bytes, place.start, bytemuck::cast_slice(&numbers))
     }
 }

@@ -1,6 +1,7 @@
 //! The language-model head and its loss. The logits of more than a chunk of rows are never held.
 
 use super::{Memory, Precision};
+use crate::Result;
 
 /// Sizes of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,13 +30,43 @@ pub struct Classifier<'a, B: Memory> {
     pub targets: &'a B::Tokens,
 }
 
-/// Where [`Head::classifier`] puts the gradients of `scale` times the sum of the losses.
+/// What [`Head::classifier_of_host`] works on: fields as those of [`Classifier`].
+pub struct HostClassifier<'a, B: Memory> {
+    /// (rows), overwritten by the host.
+    pub losses: &'a mut B::F32,
+    /// Where gradients go.
+    pub gradient: ClassifierGradient<'a, B>,
+    /// (rows, C)
+    pub x: &'a B::Tensor,
+    /// (V, C)
+    pub w: B::Param<'a>,
+}
+
+/// Some rows of a batch on their way through a loss of the host's.
+#[derive(Debug)]
+pub struct LogitRows<'a> {
+    /// The number of the first: position t of sequence b is row b T + t.
+    pub first: usize,
+    /// (rows, V), row-major: logits, to be replaced by the gradient of each row's loss in them.
+    pub logits: &'a mut [f32],
+    /// (rows), to be overwritten with their losses.
+    pub losses: &'a mut [f32],
+}
+
+/// A loss of the host's: what it is of some rows, and its gradient. Rows come in their order, each
+/// once.
+pub type HostLoss<'a> = dyn FnMut(LogitRows<'_>) -> Result<()> + 'a;
+
+/// Where [`Head::classifier`] puts the gradients of `scale` times the sum of the losses, each times
+/// its weight.
 pub struct ClassifierGradient<'a, B: Memory> {
     /// (rows, C), overwritten.
     pub dx: &'a mut B::Tensor,
     /// (V, C), overwritten, or with `accumulate` added to.
     pub dw: B::Gradient<'a>,
-    /// Factor of each loss.
+    /// (rows): a factor of each loss, where they have any.
+    pub weights: Option<&'a B::F32>,
+    /// Factor of all losses.
     pub scale: f32,
     /// Whether what dw held counts.
     pub accumulate: bool,
@@ -69,6 +100,15 @@ pub trait Head: Memory {
         operands: Classifier<'_, Self>,
         shape: HeadShape,
     );
+    /// The same of a loss that the host makes of logits, on the thread of this call; its error ends the
+    /// pass. Waits for the device.
+    fn classifier_of_host(
+        &self,
+        workspace: &mut Self::Workspace,
+        operands: HostClassifier<'_, Self>,
+        shape: HeadShape,
+        loss: &mut HostLoss<'_>,
+    ) -> Result<()>;
     /// Losses as they are and at their worst, for evaluations. A loss falls in the target's logit
     /// and rises in all others, so that the worst is where the target's is `epsilon` (|y| + 1)
     /// lower and the others as much higher.

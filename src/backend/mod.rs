@@ -43,7 +43,10 @@ pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use exchange::{Bucket, Exchange, Reached};
 pub use follow::{Follow, Track, Values, View, Viewed};
 pub use gradients::FlatGradients;
-pub use head::{Classifier, ClassifierGradient, Head, HeadShape, WorstLosses};
+pub use head::{
+    Classifier, ClassifierGradient, Head, HeadShape, HostClassifier, HostLoss, LogitRows,
+    WorstLosses,
+};
 pub(crate) use host::HostBuffer;
 pub use linear::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
@@ -52,8 +55,8 @@ pub use linear::{
 pub use memory::{GradientPlace, Memory, Part, Slot};
 pub use merge::{Merge, MergeShape, Merged};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
-pub(crate) use optimize::Place;
 pub use optimize::{Optimize, StateLayout, Trained};
+pub(crate) use optimize::{Place, as_one};
 pub use select::{Select, SelectShape, Selected, SelectedSum};
 pub use stream::CudaStream;
 
@@ -158,6 +161,8 @@ impl WorkspaceShape<'_> {
 pub struct StepPlan {
     /// Whether gradients are added to those of the micro-steps before.
     pub accumulate: bool,
+    /// Whether losses have weights.
+    pub weighted: bool,
     /// Of activations and their gradients, and of the products of attention and the head.
     pub precision: Precision,
     /// Formats of the linear layers of each block.

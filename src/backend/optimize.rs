@@ -115,9 +115,14 @@ pub struct Trained<'a, B: Memory> {
 impl<B: Memory> Trained<'_, B> {
     /// All parts as one.
     pub(crate) fn owned(&self) -> Range<usize> {
-        let (first, last) = (self.parts.first(), self.parts.last());
-        first.map_or(0, |first| first.start)..last.map_or(0, |last| last.end)
+        as_one(self.parts)
     }
+}
+
+/// Ranges in a row as one.
+pub(crate) fn as_one(parts: &[Range<usize>]) -> Range<usize> {
+    let (first, last) = (parts.first(), parts.last());
+    first.map_or(0, |first| first.start)..last.map_or(0, |last| last.end)
 }
 
 /// Optimizers.
@@ -138,11 +143,12 @@ pub trait Optimize: Memory {
     /// Begins a step: forgets what was counted since the last one, by evaluations and by a step that
     /// was given up.
     fn begin_step(&self, _workspace: &mut Self::Workspace) {}
-    /// Takes the sum of the first `rows` losses as that of the step, or with `accumulate` adds it.
+    /// Takes the sum of the first `rows` losses, each times its weight where they have any, as that of
+    /// the step, or with `accumulate` adds it.
     fn add_losses(
         &self,
         reduction: &mut Self::Reduction,
-        losses: &Self::F32,
+        losses: (&Self::F32, Option<&Self::F32>),
         rows: usize,
         accumulate: bool,
     );
@@ -155,6 +161,8 @@ pub trait Optimize: Memory {
     ) -> Result<(f64, u64)>;
     /// Takes another sum of losses as that of the step.
     fn set_losses(&self, reduction: &mut Self::Reduction, losses: f64) -> Result<()>;
+    /// Multiplies the gradients of some parameters in a row by a number.
+    fn scale_gradients(&self, gradients: &mut FlatGradients<Self>, of: &Range<usize>, factor: f32);
     /// Gradients become the sum of others, which lie as they do, and themselves: all in f32.
     fn join_gradients(&self, others: &Self::Bytes, gradients: &mut FlatGradients<Self>);
     /// Begins to sum up the gradients of some parameters in a row, which this rank has the sums of, where

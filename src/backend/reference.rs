@@ -244,12 +244,12 @@ pub(crate) fn classifier(
     wte: &[f64],
     targets: &[u32],
     shape: LinearShape,
-    scale: f64,
+    scales: &[f64],
 ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let zeros = vec![0.0; shape.outputs];
     let mut logits = linear_forward(x, wte, &zeros, shape);
     let mut losses = Vec::new();
-    for (logits, target) in logits.chunks_mut(shape.outputs).zip(targets) {
+    for ((logits, target), scale) in logits.chunks_mut(shape.outputs).zip(targets).zip(scales) {
         let max = logits.iter().copied().fold(f64::MIN, f64::max);
         let sum: f64 = logits.iter().map(|l| (l - max).exp()).sum();
         losses.push(max + sum.ln() - logits[*target as usize]);

@@ -161,6 +161,8 @@ struct State {
 pub(crate) struct Counts {
     /// In the order of the tree.
     pub(crate) losses: f64,
+    /// What losses are divided by, likewise.
+    pub(crate) divisor: f64,
     pub(crate) raised_blocks: u64,
 }
 
@@ -400,7 +402,9 @@ impl Ranks {
                 return Err(mixed_up("all_gather"));
             }
             let losses = tree::sum_of(0, counts.len(), &|rank| counts[rank].losses);
-            Ok(Counts { losses, raised_blocks: counts.iter().map(|of| of.raised_blocks).sum() })
+            let divisor = tree::sum_of(0, counts.len(), &|rank| counts[rank].divisor);
+            let raised_blocks = counts.iter().map(|of| of.raised_blocks).sum();
+            Ok(Counts { losses, divisor, raised_blocks })
         })
     }
 

@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{Error, Result};
 
 /// "mxt", and the version of the layout.
-const MAGIC: u32 = 0x74786d02;
+const MAGIC: u32 = 0x74786d03;
 const GOOD: u32 = 0;
 const STOPPED: u32 = 1;
 const FAILED: u32 = 2;

@@ -23,7 +23,7 @@ pub(crate) use decode::{Kept, Packed};
 pub(crate) use init::initialize;
 pub use params::TensorInfo;
 pub(crate) use params::{HEAD, Matrix, ParamSpec, ParamTable, WTE};
-pub(crate) use pass::{Means, Merging, Pass, Place};
+pub(crate) use pass::{Means, Merging, Pass, Place, Scales};
 pub use recompute::Recompute;
 pub(crate) use shapes::Shapes;
 pub(crate) use sharpness::WorstOf;

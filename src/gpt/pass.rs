@@ -11,11 +11,12 @@
 use super::activations::{ActivationGradients, Activations, Dropping, Layers};
 use super::params::{Linear, Matrix, Norm, ParamTable};
 use super::{ModelConfig, Shapes};
+use crate::Result;
 use crate::backend::{
     AttentionBackward, Backend, Classifier, ClassifierGradient, EmbeddingGradients, Epilogue,
-    FlatGradients, LinearBackward, LinearForward, MergeShape, Merged, NormBackward, NormParams,
-    NormShape, NormStatistics, OutputGradient, Part, ResidualSum, SelectShape, Selected,
-    SelectedSum, Sequences, Slot, StepPlan,
+    FlatGradients, HostClassifier, HostLoss, LinearBackward, LinearForward, MergeShape, Merged,
+    NormBackward, NormParams, NormShape, NormStatistics, OutputGradient, Part, ResidualSum,
+    SelectShape, Selected, SelectedSum, Sequences, Slot, StepPlan,
 };
 use crate::formats::{LINEARS, LinearRecipe, Random, projections};
 
@@ -53,6 +54,14 @@ pub(crate) struct Merging<'a, B: Backend> {
     /// (layers, stride): of a layer the buckets of each linear layer (B), overwritten.
     pub(crate) buckets: &'a mut B::F32,
     pub(crate) stride: usize,
+}
+
+/// What losses are multiplied by in what gradients are of.
+pub(crate) struct Scales<'a, B: Backend> {
+    /// (rows): of each, where they have any.
+    pub(crate) weights: Option<&'a B::F32>,
+    /// Of all.
+    pub(crate) scale: f32,
 }
 
 /// Where in a run a backward pass is, for its random numbers.
@@ -224,25 +233,60 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.classify(acts, targets, None);
     }
 
-    /// Losses of all rows, and the gradients of `scale` times their sum, but for what the
-    /// embeddings get as such: those of the step's first micro-step overwrite `grads`, others are
-    /// added. `block_is_done` is told behind the backward pass of each block, from the last on.
-    pub(crate) fn loss_and_backward(
+    /// Losses of all rows, and the gradients of `scale` times their sum in the head and in its input:
+    /// those of the step's first micro-step overwrite `grads`, others are added.
+    pub(crate) fn loss_and_gradients(
         &mut self,
         acts: &mut Activations<B>,
         d: &mut ActivationGradients<B>,
         grads: &mut FlatGradients<B>,
-        (targets, scale): (&B::Tokens, f32),
+        targets: &B::Tokens,
+        scales: &Scales<'_, B>,
+    ) {
+        let gradient = self.head_gradients(d, grads, scales);
+        self.classify(acts, targets, Some(gradient));
+    }
+
+    /// The same of losses that the host makes of logits, on the thread of this call.
+    pub(crate) fn loss_of_host(
+        &mut self,
+        acts: &mut Activations<B>,
+        d: &mut ActivationGradients<B>,
+        grads: &mut FlatGradients<B>,
+        scales: &Scales<'_, B>,
+        loss: &mut HostLoss<'_>,
+    ) -> Result<()> {
+        let gradient = self.head_gradients(d, grads, scales);
+        let (w, shape) = (self.param(self.table.head()), self.shapes().head());
+        let Activations { losses, ln_f: x, .. } = acts;
+        let operands = HostClassifier { losses, gradient, x, w };
+        self.backend.classifier_of_host(self.workspace, operands, shape, loss)
+    }
+
+    fn head_gradients<'o>(
+        &self,
+        d: &'o mut ActivationGradients<B>,
+        grads: &'o mut FlatGradients<B>,
+        Scales { weights, scale }: &Scales<'o, B>,
+    ) -> ClassifierGradient<'o, B> {
+        let [dw] = grads.of(self.backend, [self.table.head()]);
+        let accumulate = self.plan.accumulate;
+        ClassifierGradient { dx: &mut d.narrow, dw, weights: *weights, scale: *scale, accumulate }
+    }
+
+    /// What those gradients make of all others, but for what the embeddings get as such.
+    /// `block_is_done` is told behind the backward pass of each block, from the last on.
+    pub(crate) fn backward(
+        &mut self,
+        acts: &mut Activations<B>,
+        d: &mut ActivationGradients<B>,
+        grads: &mut FlatGradients<B>,
         place: Place,
         mut block_is_done: impl FnMut(usize),
     ) {
-        let (backend, table, accumulate) = (self.backend, self.table, self.plan.accumulate);
-        let [dw] = grads.of(backend, [table.head()]);
-        let gradient = ClassifierGradient { dx: &mut d.narrow, dw, scale, accumulate };
-        self.classify(acts, targets, Some(gradient));
-        backend.zero_tensor(&mut d.residual);
+        self.backend.zero_tensor(&mut d.residual);
         let last = &acts.residual[self.config.layers];
-        let (ln_f, shape) = (table.ln_f, self.shapes().norm());
+        let (ln_f, shape) = (self.table.ln_f, self.shapes().norm());
         let (dx, dy) = (&mut d.residual, &d.narrow);
         self.norm_backward((dx, dy), grads, last, &acts.ln_f_statistics, (ln_f, shape));
 
@@ -320,7 +364,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.norm_backward((stream, narrow), grads, x, statistics, (block.ln_1, shapes.norm()));
     }
 
-    /// The gradients of the embeddings, after [`Pass::loss_and_backward`].
+    /// The gradients of the embeddings, after [`Pass::backward`].
     pub(crate) fn embedding_backward(
         &mut self,
         d: &ActivationGradients<B>,

@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::owners::Owners;
-use crate::backend::{Backend, Bucket, FlatGradients, Reached, Slot, Trained};
+use crate::backend::{Backend, Bucket, FlatGradients, Reached, Slot, as_one};
 use crate::comm::wire::{self, Drawn, Sent};
 use crate::comm::{Call, Counts, Joins, Ranks, Share, Wire, sum_parts};
 use crate::gpt::ParamTable;
@@ -108,9 +108,10 @@ impl<B: Backend> Exchange<B> {
         self.buckets.is_some() && self.owners.is_shared()
     }
 
-    /// The parameters whose gradients are the sum of all ranks' here, by their numbers.
-    pub(super) fn summed(&self, trained: &Trained<'_, B>) -> Range<usize> {
-        if self.gives_weights() { trained.owned() } else { 0..trained.slots.len() }
+    /// The parameters whose gradients are the sum of all ranks' here, by their numbers, of `all`; those
+    /// that this rank updates are in parts.
+    pub(super) fn summed(&self, owned: &[Range<usize>], all: usize) -> Range<usize> {
+        if self.gives_weights() { as_one(owned) } else { 0..all }
     }
 
     /// Lets the devices of ranks reach each other's memory, which all ranks do before a step.
@@ -268,18 +269,19 @@ impl<B: Backend> Exchange<B> {
         backend.set_losses(reduction, losses)
     }
 
-    /// Makes the gradients of this rank and its losses the sum of all ranks'; what scales all of them
-    /// raised. What it queues comes behind the backward pass of this rank.
+    /// Makes the gradients of this rank and its losses the sum of all ranks'; what all of them count,
+    /// given what this one divides its losses by. What it queues comes behind the backward pass of this
+    /// rank.
     pub(super) fn sum(
         &mut self,
         backend: &B,
-        workspace: &B::Workspace,
-        reduction: &mut B::Reduction,
+        (workspace, reduction): (&B::Workspace, &mut B::Reduction),
         gradients: &mut FlatGradients<B>,
+        divisor: f64,
         (ranks, drawn): (&Ranks, Drawn),
-    ) -> Result<u64> {
+    ) -> Result<Counts> {
         let Some(mut buckets) = self.buckets.take() else {
-            let counts = self.sum_counts(backend, workspace, reduction, ranks)?;
+            let counts = self.sum_counts(backend, workspace, reduction, divisor, ranks)?;
             let started = Instant::now();
             match ranks.wire {
                 Wire::F32 => self.sum_on_host(backend, gradients, ranks)?,
@@ -287,18 +289,18 @@ impl<B: Backend> Exchange<B> {
             }
             self.seconds += started.elapsed().as_secs_f64();
             backend.set_losses(reduction, counts.losses)?;
-            return Ok(counts.raised_blocks);
+            return Ok(counts);
         };
         let exchanged = (|| {
             let kept = &self.kept[..self.in_use];
             backend.begin_exchange(&mut buckets, gradients, kept, drawn)?;
             // While the last of it is on its way, and broken connections show at once.
-            let counts = self.sum_counts(backend, workspace, reduction, ranks)?;
+            let counts = self.sum_counts(backend, workspace, reduction, divisor, ranks)?;
             backend.set_losses(reduction, counts.losses)?;
             let started = Instant::now();
             backend.end_exchange(&mut buckets)?;
             self.seconds += started.elapsed().as_secs_f64();
-            Ok(counts.raised_blocks)
+            Ok(counts)
         })();
         self.keep(backend, buckets, exchanged)
     }
@@ -309,6 +311,7 @@ impl<B: Backend> Exchange<B> {
         backend: &B,
         workspace: &B::Workspace,
         reduction: &B::Reduction,
+        divisor: f64,
         ranks: &Ranks,
     ) -> Result<Counts> {
         let (mut losses, raised_blocks) = backend.counts(workspace, reduction)?;
@@ -318,7 +321,7 @@ impl<B: Backend> Exchange<B> {
             losses += self.losses[self.in_use];
         }
         let started = Instant::now();
-        let counts = ranks.sum(Counts { losses, raised_blocks });
+        let counts = ranks.sum(Counts { losses, divisor, raised_blocks });
         self.seconds += started.elapsed().as_secs_f64();
         counts
     }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::batch::Batch;
+use super::batch::BatchBuffers;
 use super::exchange::Exchange;
 use super::follow::Followed;
 use super::merge::Merges;
@@ -84,7 +84,7 @@ pub(super) struct Buffers<B: Backend> {
     pub(super) flat: Flat<B>,
     pub(super) activations: Activations<B>,
     pub(super) d: ActivationGradients<B>,
-    pub(super) batch: Batch<B>,
+    pub(super) batch: BatchBuffers<B>,
     pub(super) merges: Option<Merges<B>>,
     pub(super) workspace: B::Workspace,
 }
@@ -200,7 +200,7 @@ impl<B: Backend> Buffers<B> {
         let shapes = Shapes { config, sequences, precision };
         let activations = Activations::new(backend, arena, shapes, Some(kept))?;
         let d = ActivationGradients::new(backend, arena, shapes, drops);
-        let batch = Batch::new(backend, arena, sequences, bytes.is_some())?;
+        let batch = BatchBuffers::new(backend, arena, sequences, bytes.is_some())?;
         let merges = Merges::new(backend, arena, config, options, bytes.is_some())?;
         plan.activations = cut.since_last();
         // What multiplies fewer rows may be something else, with other needs.

@@ -9,6 +9,7 @@ mod follow;
 mod memory;
 mod merge;
 mod owners;
+mod parts;
 mod ramping;
 mod save;
 mod sharpness;
@@ -26,13 +27,15 @@ use std::time::Instant;
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::backend::{Backend, Device, Sequences, StateLayout, StepPlan, Trained, on_device};
+use crate::backend::{
+    Backend, Device, HostLoss, Sequences, StateLayout, StepPlan, Trained, on_device,
+};
 use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
 use crate::comm::wire::Drawn;
-use crate::comm::{Call, Data, Ranks};
+use crate::comm::{Call, Counts, Data, Ranks};
 use crate::data::EvalWindows;
 use crate::engine::LogLevel;
-use crate::gpt::{Pass, Place, Shapes};
+use crate::gpt::{Pass, Place, Scales, Shapes};
 use crate::model::{Model, OnDevice, Weights};
 use crate::optim::ramping::impossible;
 use crate::optim::spam::STATISTICS;
@@ -42,13 +45,16 @@ use crate::optim::{
 use crate::reserve::{collect, reserve, zeros};
 use crate::run::{TrainerOptions, TrainerState};
 use crate::{Dataset, Engine, Error, Result};
-use batch::Batch;
+use batch::BatchBuffers;
 pub use carriers::{Carried, carriers, emulation};
 use follow::Done;
 use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
 use merge::Merges;
 pub use merge::Spared;
+pub(crate) use parts::Given;
+pub use parts::{Batch, IGNORED};
+use parts::{MicroStep, Pending, bad_divisor};
 pub use save::Snapshot;
 use sharpness::Sharp;
 pub use sharpness::Sharpness;
@@ -135,6 +141,24 @@ pub struct Trainer {
     /// Of the optimizer's states; the bound of the weights is with them.
     bounds: Bounds,
     stop: StopHandle,
+    /// Gradients that the host's batches have made since the last update.
+    pending: Option<Pending>,
+}
+
+/// Where the gradients of a step come from.
+enum Gradients<'a, 'b> {
+    /// Micro-steps on these windows.
+    Of(&'a mut FillWindow<'b>),
+    /// They are there, with losses that are divided by this.
+    Made(f64),
+}
+
+/// What became of a step.
+struct Updated {
+    sums: StepSums,
+    /// With what losses were divided by.
+    step: OptimizerStep,
+    divisor: f64,
 }
 
 /// What a trainer has on its device.
@@ -149,6 +173,8 @@ struct Run<B: Backend> {
     step_plan: StepPlan,
     /// [`crate::model::Weights::moves`] when recordings were begun, which are of one place.
     moves: u64,
+    /// The same when ranks told each other where weights are.
+    met: u64,
 }
 
 impl Trainer {
@@ -350,14 +376,11 @@ impl Trainer {
             let micro_steps = step.wrapping_mul(accumulation).wrapping_add(micro_step as u64);
             micro_steps.wrapping_mul(batch).wrapping_add(row as u64)
         };
-        self.optimizer_step(ready, Some(data_of), stops, &mut |aside, micro_step, row, window| {
-            match aside {
-                None => {
-                    data.training_window(seed, number(step, micro_step, row), vocab_size, window)
-                }
-                Some(of) => data.side_window(seed, number(of, micro_step, row), vocab_size, window),
-            }
-        })
+        let mut fill = |aside, micro_step, row, window: &mut [u32]| match aside {
+            None => data.training_window(seed, number(step, micro_step, row), vocab_size, window),
+            Some(of) => data.side_window(seed, number(of, micro_step, row), vocab_size, window),
+        };
+        self.optimizer_step(ready, Some(data_of), stops, Gradients::Of(&mut fill))
     }
 
     /// One optimizer step on the host's own tokens: (accumulation B, T + 1), row-major; each row's
@@ -397,9 +420,10 @@ impl Trainer {
             }
         };
         let ready = self.check_given(count, mine.len() * batch_size, &read);
-        self.optimizer_step(ready, None, false, &mut |_, micro_step, row, window| {
+        let mut fill = |_, micro_step, row, window: &mut [u32]| {
             read((micro_step - mine.start) * batch_size + row, window)
-        })
+        };
+        self.optimizer_step(ready, None, false, Gradients::Of(&mut fill))
     }
 
     /// Whether a step can be done on so many given tokens, of which `read` reads rows.
@@ -409,15 +433,9 @@ impl Trainer {
         rows: usize,
         read: &dyn Fn(usize, &mut [u32]) -> Result<()>,
     ) -> Result<()> {
-        let TrainerOptions { sequence_length, optimizer, ref recipe, .. } = self.state.options;
+        let TrainerOptions { sequence_length, ref recipe, .. } = self.state.options;
         recipe.check_trains()?;
-        if optimizer.ramping > 0 {
-            let message = format!(
-                "ramping draws windows of its own from a dataset, which given tokens are none of; \
-                 make steps on a dataset, or use adamw without it, got {optimizer}"
-            );
-            return Err(Error::invalid("optimizer", message));
-        }
+        self.check_no_ramping()?;
         let window_len = sequence_length + 1;
         let expected = rows * window_len;
         if count != expected {
@@ -448,8 +466,12 @@ impl Trainer {
         ready: Result<()>,
         data: Option<Data>,
         stops: bool,
-        fill: &mut FillWindow<'_>,
+        gradients: Gradients<'_, '_>,
     ) -> Result<StepStats> {
+        let ready = ready.and_then(|()| match gradients {
+            Gradients::Of(_) => self.check_nothing_waits(),
+            Gradients::Made(_) => Ok(()),
+        });
         let started = Instant::now();
         let TrainerOptions { batch_size, sequence_length, accumulation, optimizer, .. } =
             self.state.options;
@@ -471,20 +493,32 @@ impl Trainer {
         if let Err(error) = ready {
             return Err(Ranks::refuse(ranks, call, error));
         }
-        let mut fill = |aside, micro_step, row, window: &mut [u32]| {
-            if row == 0 && stops && stop.is_requested() {
-                return Err(Error::Stopped);
-            }
-            fill(aside, micro_step, row, window)
-        };
         let done = on_device!(run, run => {
             run.buffers.flat.exchange.seconds = 0.0;
-            run.gradients_and_update(model, state, bounds, (&step, call), &mut fill)
+            let of = (&step, call);
+            match gradients {
+                Gradients::Made(divisor) => {
+                    run.gradients_and_update(model, state, bounds, of, Gradients::Made(divisor))
+                }
+                Gradients::Of(fill) => {
+                    let mut fill = |aside, micro_step, row, window: &mut [u32]| {
+                        if row == 0 && stops && stop.is_requested() {
+                            return Err(Error::Stopped);
+                        }
+                        fill(aside, micro_step, row, window)
+                    };
+                    let fill = Gradients::Of(&mut fill);
+                    run.gradients_and_update(model, state, bounds, of, fill)
+                }
+            }
         });
-        let sums = match ranks {
+        let Updated { sums, step, divisor } = match ranks {
             Some(ranks) => ranks.end_if_alone(done)?,
             None => done?,
         };
+        if !(divisor.is_finite() && divisor > 0.0) {
+            return Err(bad_divisor(divisor));
+        }
         check_finite(&sums, &step, format_args!("step {t}"))?;
         let (loss, grad_norm) = sums.loss_and_norm(&step);
         self.state.step = t;
@@ -752,13 +786,16 @@ impl Trainer {
     }
 
     /// Copies the gradient that the last step computed (before clipping) for a parameter into
-    /// `out`, in the shape that [`Model::tensors`] gives. Gradients stay until the next step.
+    /// `out`, in the shape that [`Model::tensors`] gives; or, where batches wait for
+    /// [`Trainer::update`], that of their loss so far (of this rank, and of the last lane). Gradients
+    /// stay until the next step.
     ///
     /// # Errors
     /// As [`Model::read_tensor`]; [`Error::Unsupported`] where GPUs exchange gradients and states are
     /// sharded, of a tensor whose states another rank keeps.
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
+        let factor = self.read_factor()?;
         on_device!(&self.run, run => {
             let Flat { owned, exchange, .. } = &run.buffers.flat;
             if exchange.gives_weights() && !owned.contains(&index) {
@@ -769,7 +806,11 @@ impl Trainer {
             let (tensors, gradients) = (self.model.tensors(), &run.buffers.flat.gradients);
             let exported = run.model.exported_gradients(tensors, gradients);
             exported.read(index, out, &mut Scratch::default())
-        })
+        })?;
+        if factor != 1.0 {
+            out.iter_mut().for_each(|g| *g = (f64::from(*g) * factor) as f32);
+        }
+        Ok(())
     }
 
     /// What the last step on a GPU left of the first block's qkv layer: the gradient of its result
@@ -802,7 +843,7 @@ impl Trainer {
             engine.log(LogLevel::Info, || format!("emulated: {emulated}"));
         }
         let (model, stop) = (model.clone(), StopHandle::default());
-        Ok(Self { run, model, state, plan, bounds: Bounds::NEW, stop })
+        Ok(Self { run, model, state, plan, bounds: Bounds::NEW, stop, pending: None })
     }
 }
 
@@ -822,7 +863,8 @@ impl<B: Backend> Run<B> {
         let moves = weights.moves;
         drop(weights);
         let step_plan = options.recipe.step_plan(config.layers)?;
-        Ok(Self { model: on.clone(), buffers, sharp: None, updates: None, step_plan, moves })
+        let (model, met) = (on.clone(), moves);
+        Ok(Self { model, buffers, sharp: None, updates: None, step_plan, moves, met })
     }
 
     fn load_states(
@@ -904,33 +946,39 @@ impl<B: Backend> Run<B> {
         state: &TrainerState,
         known: &mut Bounds,
         (step, call): (&OptimizerStep, Call),
-        fill: &mut FillWindow<'_>,
-    ) -> Result<StepSums> {
+        gradients: Gradients<'_, '_>,
+    ) -> Result<Updated> {
         let (on, ranks) = (Arc::clone(&self.model), model.engine().ranks());
         let backend = &*on.backend;
         let refused = |error| Ranks::refuse(ranks, call, error);
         let mut weights = on.lock().map_err(refused)?;
         // Another trainer of the model may have them otherwise.
         on.keep_as(&mut weights, state.options.optimizer.master).map_err(refused)?;
-        if std::mem::replace(&mut self.moves, weights.moves) != weights.moves {
-            self.buffers.recordings = backend.recordings();
+        self.record_anew(&weights);
+        if std::mem::replace(&mut self.met, weights.moves) != weights.moves {
             if let Some(ranks) = ranks.filter(|_| self.buffers.flat.exchange.gives_weights()) {
                 // Whoever goes on with what it met before would write to where weights were.
                 let met = self.buffers.flat.meet(backend, &weights.all, ranks);
                 met.inspect_err(|error| ranks.end(&error.to_string()))?;
             }
         }
-        self.begin_period(&mut weights, model, state, (known, step, call), fill)?;
-        let mut fill = |micro_step, row, window: &mut [u32]| fill(None, micro_step, row, window);
-        let raised = self.gradients(
-            &weights,
-            model,
-            (state, call),
-            (state.step, step.loss_scale),
-            &mut fill,
-        )?;
+        let (fill, divisor) = match gradients {
+            Gradients::Made(divisor) => (None, divisor),
+            Gradients::Of(fill) => {
+                self.begin_period(&mut weights, model, state, (known, step, call), fill)?;
+                (Some(fill), self.own_divisor(state))
+            }
+        };
+        let mut windows = fill.map(|fill| {
+            move |micro_step, row, window: &mut [u32]| fill(None, micro_step, row, window)
+        });
+        let fill = windows.as_mut().map(|fill| fill as &mut FillStep<'_>);
+        let drawn = (state.step, step.loss_scale);
+        let all = self.gradients(&weights, model, (state, call), (drawn, divisor), fill)?;
+        let (divisor, raised) = all.map_or((divisor, None), |all| (all.divisor, Some(all)));
+        let step = &self.divided(state, step, divisor);
         let mut sums = self.update(&mut weights, model, known, step, true)?;
-        sums.raised_blocks = raised.unwrap_or(sums.raised_blocks);
+        sums.raised_blocks = raised.map_or(sums.raised_blocks, |all| all.raised_blocks);
         if sums.gradient_scale(step).is_some() {
             let Self { buffers, updates, step_plan, .. } = self;
             if let Some(updates) = updates {
@@ -943,20 +991,62 @@ impl<B: Backend> Run<B> {
                 weights.largest = Bounds::UNKNOWN.weight;
             }
         }
-        Ok(sums)
+        Ok(Updated { sums, step: *step, divisor })
+    }
+
+    /// Forgets recordings of weights that lie elsewhere now.
+    fn record_anew(&mut self, weights: &Weights<B>) {
+        if std::mem::replace(&mut self.moves, weights.moves) != weights.moves {
+            self.buffers.recordings = self.model.backend.recordings();
+        }
+    }
+
+    /// What the losses of this rank's micro-steps are divided by, where each counts once.
+    fn own_divisor(&self, state: &TrainerState) -> f64 {
+        let TrainerOptions { batch_size, sequence_length, .. } = state.options;
+        let micro_steps = self.buffers.flat.exchange.share.all().len();
+        (micro_steps * batch_size * sequence_length) as f64
+    }
+
+    /// Divides losses and gradients by this, in place of the number of all positions of a step.
+    fn divided(
+        &mut self,
+        state: &TrainerState,
+        step: &OptimizerStep,
+        divisor: f64,
+    ) -> OptimizerStep {
+        let TrainerOptions { batch_size, sequence_length, accumulation, .. } = state.options;
+        let positions = (batch_size * sequence_length * accumulation) as f64;
+        if divisor == positions {
+            return *step;
+        }
+        if !(divisor.is_finite() && divisor > 0.0) {
+            // Which is no loss, so that nothing is updated.
+            return OptimizerStep { loss_scale: f32::NAN, ..*step };
+        }
+        let Self { model: on, buffers: Buffers { flat, .. }, .. } = self;
+        let backend = &*on.backend;
+        // Others may still read what is not summed up here.
+        let summed = flat.exchange.summed(&flat.parts, on.table.slots().len());
+        let factor = (positions / divisor) as f32;
+        backend.scope(|| backend.scale_gradients(&mut flat.gradients, &summed, factor));
+        OptimizerStep { loss_scale: (1.0 / divisor) as f32, ..*step }
     }
 
     /// Gradients of the mean loss over all micro-steps, of all ranks, whose random numbers are drawn
-    /// for a step. With other ranks, what scales all of them raised.
+    /// for a step; without `fill` they are there. With other ranks, what all of them count.
     fn gradients(
         &mut self,
         weights: &Weights<B>,
         model: &Model,
         (state, call): (&TrainerState, Call),
-        drawn: (u64, f32),
-        fill: &mut FillStep<'_>,
-    ) -> Result<Option<u64>> {
-        let mine = self.own_gradients(weights, model, state, drawn, fill);
+        (drawn, divisor): ((u64, f32), f64),
+        fill: Option<&mut FillStep<'_>>,
+    ) -> Result<Option<Counts>> {
+        let mine = match fill {
+            Some(fill) => self.own_gradients(weights, model, state, drawn, fill),
+            None => Ok(()),
+        };
         let Some(ranks) = model.engine().ranks() else { return mine.map(|()| None) };
         let agreed = ranks.agree(call, mine.as_ref().copied());
         mine?;
@@ -964,8 +1054,9 @@ impl<B: Backend> Run<B> {
         let Self { model: on, buffers: Buffers { flat, workspace, .. }, .. } = self;
         let Flat { gradients, reduction, exchange, .. } = flat;
         let by = (ranks, Drawn { seed: state.seed, step: drawn.0 });
-        let raised_blocks = exchange.sum(&*on.backend, workspace, reduction, gradients, by);
-        raised_blocks.map(Some).inspect_err(|error| ranks.end(&error.to_string()))
+        let counts = (&*workspace, reduction);
+        let summed = exchange.sum(&*on.backend, counts, gradients, divisor, by);
+        summed.map(Some).inspect_err(|error| ranks.end(&error.to_string()))
     }
 
     /// What this rank's micro-steps add to the gradients, as one sum, but for what is left to the
@@ -978,6 +1069,36 @@ impl<B: Backend> Run<B> {
         (drawn_for, scale): (u64, f32),
         fill: &mut FillStep<'_>,
     ) -> Result<()> {
+        let TrainerOptions { batch_size, sequence_length, .. } = state.options;
+        let sequences = Sequences { batch: batch_size, length: sequence_length };
+        let share = self.buffers.flat.exchange.share;
+        for (lane, number) in share.lanes_and_micro_steps() {
+            let of_lane = share.micro_steps(lane);
+            self.buffers.batch.fill(sequences, |row, window| fill(number, row, window))?;
+            let micro_step = MicroStep {
+                number,
+                lane,
+                is_first: number == share.all().start,
+                accumulates: number > of_lane.start,
+                ends_lane: number + 1 == of_lane.end,
+            };
+            let place = Place { seed: state.seed, step: drawn_for, micro_step: number };
+            self.micro_step(weights, model, state, (micro_step, place, scale), None)?;
+        }
+        Ok(())
+    }
+
+    /// What the batch that is in the buffers adds to the gradients, by cross-entropy or by a loss of the
+    /// host's.
+    fn micro_step(
+        &mut self,
+        weights: &Weights<B>,
+        model: &Model,
+        state: &TrainerState,
+        (micro_step, place, scale): (MicroStep, Place, f32),
+        loss: Option<&mut HostLoss<'_>>,
+    ) -> Result<()> {
+        let MicroStep { number, lane, is_first, accumulates, ends_lane } = micro_step;
         let Self { model: on, buffers, step_plan, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
@@ -986,48 +1107,66 @@ impl<B: Backend> Run<B> {
         let total_steps = state.options.schedule.total_steps;
         let Buffers { flat, activations, d, batch, workspace, recordings, .. } = buffers;
         let Flat { gradients, reduction, followed, exchange, .. } = flat;
-        let share = exchange.share;
-        for (lane, micro_step) in share.lanes_and_micro_steps() {
-            let of_lane = share.micro_steps(lane);
-            batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
-            let at = (state.schedule_step(), total_steps);
-            recipe.set_step(step_plan, micro_step > of_lane.start, at, state.step);
-            step_plan.kept = state.kept();
-            let place = Place { seed: state.seed, step: drawn_for, micro_step };
-            backend.scope(|| {
-                batch.upload(backend);
-                if micro_step == share.all().start {
-                    backend.begin_step(workspace);
-                }
-                let (plan, weights, means) = (&*step_plan, &weights.all, followed.means());
-                let mut pass = Pass {
-                    backend,
-                    config,
-                    table,
-                    weights,
-                    means,
-                    trains: true,
-                    merge: None,
-                    workspace,
-                    sequences,
-                    plan,
-                };
-                let Batch { tokens, targets, .. } = &*batch;
-                let random = [place.step as u32, micro_step as u32];
+        recipe.set_step(step_plan, accumulates, (state.schedule_step(), total_steps), state.step);
+        (step_plan.kept, step_plan.weighted) = (state.kept(), batch.is_weighted());
+        let (plan, means) = (&*step_plan, followed.means());
+        backend.scope(|| {
+            if is_first {
+                backend.begin_step(workspace);
+            }
+            batch.upload(backend)
+        })?;
+        let mut pass = Pass {
+            backend,
+            config,
+            table,
+            weights: &weights.all,
+            means,
+            trains: true,
+            merge: None,
+            workspace,
+            sequences,
+            plan,
+        };
+        let BatchBuffers { tokens, targets, weights, .. } = batch;
+        let weights = plan.weighted.then_some(&*weights);
+        let scales = &Scales { weights, scale };
+        let block_is_done = |block| exchange.block_is_done(backend, block);
+        let (rows, accumulate) = (sequences.rows(), plan.accumulate);
+        match loss {
+            None => backend.scope(|| {
+                // NOTE: the whole of each goes to the thread, since threads cannot share tokens.
+                let (tokens, targets): (&mut _, &mut _) = (tokens, targets);
+                let random = [place.step as u32, number as u32];
                 backend.recorded(recordings, plan, random, || {
                     pass.draw_kept(activations, place);
                     pass.forward(activations, tokens);
-                    let block_is_done = |block| exchange.block_is_done(backend, block);
-                    let of = (targets, scale);
-                    pass.loss_and_backward(activations, d, gradients, of, place, block_is_done);
-                    let (losses, rows) = (&activations.losses, sequences.rows());
-                    backend.add_losses(reduction, losses, rows, plan.accumulate);
+                    pass.loss_and_gradients(activations, d, gradients, targets, scales);
+                    pass.backward(activations, d, gradients, place, block_is_done);
+                    let losses = (&activations.losses, weights);
+                    backend.add_losses(reduction, losses, rows, accumulate);
                 });
                 pass.embedding_backward(d, gradients, tokens);
-            });
-            if exchange.has_lanes() && micro_step + 1 == of_lane.end {
-                exchange.join(backend, workspace, reduction, gradients, lane)?;
+            }),
+            Some(loss) => {
+                backend.scope(|| {
+                    let tokens: &mut _ = tokens;
+                    pass.draw_kept(activations, place);
+                    pass.forward(activations, tokens);
+                });
+                // On this thread, which is the host's.
+                pass.loss_of_host(activations, d, gradients, scales, loss)?;
+                backend.scope(|| {
+                    let tokens: &mut _ = tokens;
+                    pass.backward(activations, d, gradients, place, block_is_done);
+                    let losses = (&activations.losses, weights);
+                    backend.add_losses(reduction, losses, rows, accumulate);
+                    pass.embedding_backward(d, gradients, tokens);
+                });
             }
+        }
+        if exchange.has_lanes() && ends_lane {
+            exchange.join(backend, workspace, reduction, gradients, lane)?;
         }
         Ok(())
     }
@@ -1061,7 +1200,7 @@ impl<B: Backend> Run<B> {
             parts,
         };
         let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
-        let summed = exchange.summed(&trained);
+        let summed = exchange.summed(trained.parts, trained.slots.len());
         backend.scope(|| backend.square_gradients(reduction, &mut trained, &summed));
         let ended = |error: &Error| {
             if let Some(ranks) = ranks {
@@ -1139,7 +1278,7 @@ impl<B: Backend> Run<B> {
         let Buffers { flat, activations, batch, merges, workspace, .. } = buffers;
         batch.fill(sequences, fill)?;
         let sum = backend.scope(|| {
-            batch.upload(backend);
+            batch.upload(backend)?;
             let means = flat.followed.means();
             let (trains, merge) = (false, merges.as_mut().map(|merges| merges.merging(seed)));
             let mut pass = Pass {

@@ -178,8 +178,8 @@ impl<B: Backend> Run<B> {
             let mut fill =
                 |micro_step, row, window: &mut [u32]| fill(Some(number), micro_step, row, window);
             let drawn_for = BEYOND + number % BEYOND;
-            let drawn = (drawn_for, step.loss_scale);
-            self.gradients(weights, model, (state, call), drawn, &mut fill)?;
+            let drawn = ((drawn_for, step.loss_scale), self.own_divisor(state));
+            self.gradients(weights, model, (state, call), drawn, Some(&mut fill))?;
             let sums = self.update(weights, model, &mut known, &aside, false)?;
             check_finite(&sums, &aside, format_args!("one"))?;
             if let Some(ramping) = &mut self.buffers.flat.ramping {
@@ -195,6 +195,7 @@ impl<B: Backend> Run<B> {
 mod tests {
     use std::iter::zip;
 
+    use super::super::Gradients;
     use super::super::memory::Flat;
     use super::*;
     use crate::backend::{Device, Slot};
@@ -274,7 +275,7 @@ mod tests {
                 let number = (step * 2 + micro_step as u64) * 3 + row as u64;
                 data.side_window(seed, number, 33, window)
             };
-            twin.optimizer_step(Ok(()), None, false, &mut side).unwrap();
+            twin.optimizer_step(Ok(()), None, false, Gradients::Of(&mut side)).unwrap();
             let after = of_matrices(&twin, None);
             for (moved, (before, after)) in moved.iter_mut().zip(zip(&before, &after)) {
                 let numbers = zip(rounded(before), rounded(after));
@@ -334,7 +335,8 @@ mod tests {
             }
             data.side_window(seed, row as u64, 33, window)
         };
-        let error = stopped.optimizer_step(Ok(()), None, true, &mut asks).unwrap_err();
+        let error =
+            stopped.optimizer_step(Ok(()), None, true, Gradients::Of(&mut asks)).unwrap_err();
         assert!(matches!(error, Error::Stopped), "{error}");
         assert!(states(&stopped) == before && stopped.steps_done() == 3);
         stopped.stop_handle().clear();
@@ -342,7 +344,7 @@ mod tests {
             Some(39) => Err(Error::invalid("tokens", "there are none")),
             _ => data.side_window(seed, row as u64, 33, window),
         };
-        assert!(stopped.optimizer_step(Ok(()), None, false, &mut fails).is_err());
+        assert!(stopped.optimizer_step(Ok(()), None, false, Gradients::Of(&mut fails)).is_err());
         assert!(states(&stopped) == before);
         // Beyond what moments can become.
         let Device::Cpu(run) = &mut stopped.run else { panic!("made on the CPU") };

@@ -19,7 +19,22 @@ fn operands<B: Harness>(
     (x, w, some_tokens(rows, vocab_size, 3))
 }
 
+/// Weights of rows, some of them 0 or below.
+fn weights(rows: usize) -> Vec<f32> {
+    let of_row = |(row, weight): (usize, &f32)| if row % 3 == 1 { 0.0 } else { *weight };
+    random(rows, 4).iter().enumerate().map(of_row).collect()
+}
+
 pub(super) fn classifier<B: Harness>(backends: &[B]) {
+    of_loss(backends, false);
+}
+
+/// The same loss, made by the host.
+pub(super) fn classifier_of_host<B: Harness>(backends: &[B]) {
+    of_loss(backends, true);
+}
+
+fn of_loss<B: Harness>(backends: &[B], is_hosts: bool) {
     let scale = 0.25;
     for size @ [rows, channels, vocab_size] in SIZES {
         let once = size == SEVERAL_CHUNKS;
@@ -29,60 +44,123 @@ pub(super) fn classifier<B: Harness>(backends: &[B]) {
             let shape = HeadShape { rows, channels, vocab_size, precision };
             let [x64, w64] = [&x, &w].map(|values| f64s(&rounded(values, precision)));
             let layer = LinearShape { rows, inputs: channels, outputs: vocab_size };
-            let (losses, dx, dw) = reference::classifier(&x64, &w64, &ids, layer, f64::from(scale));
-            // Twice the error that rounding logits and their gradients makes by itself.
-            let off = match precision {
-                Precision::F32 => [0.0; 3],
-                Precision::Bf16 => {
-                    let held = [B::held(precision), precision];
-                    let rounded = classified(&x64, &w64, &ids, layer, f64::from(scale), held);
-                    let pairs = rounded.iter().zip([&losses, &dx, &dw]);
-                    let mut off = pairs.map(|(rounded, exact)| relative_error(rounded, exact));
-                    std::array::from_fn(|_| 2.0 * off.next().unwrap_or(0.0))
-                }
-            };
-            each(backends, |b| {
-                let bound = |i: usize| off[i] + b.bound(Of::Head, precision);
-                let sequences = Sequences { batch: 1, length: rows };
-                let mut scratch = workspace(b, sequences, channels, 1, vocab_size, precision);
-                let (x, targets) = (input(b, &x, precision), tokens(b, &ids));
-                let params = Params::of(b, &[&w]);
-                for accumulate in [false, true].into_iter().take(if once { 1 } else { 2 }) {
-                    let before = vec![if accumulate { 1.0 } else { f32::NAN }; dw.len()];
-                    let mut flat = Gradients::of(b, &[&before]);
-                    let mut our_dx = poison(b, dx.len(), precision);
-                    let mut our_losses = f32_poison(b, rows);
-                    let [dw_] = flat.get(b);
-                    let gradient =
-                        ClassifierGradient { dx: &mut our_dx, dw: dw_, scale, accumulate };
+            let weights = weights(rows);
+            let weighted: Vec<f64> =
+                weights.iter().map(|w| f64::from(*w) * f64::from(scale)).collect();
+            let plain = vec![f64::from(scale); rows];
+            for (scales, weights) in [(plain, None), (weighted, Some(&weights))] {
+                let (losses, dx, dw) = reference::classifier(&x64, &w64, &ids, layer, &scales);
+                // Twice the error that rounding logits and their gradients makes by itself.
+                let off = match precision {
+                    Precision::F32 => [0.0; 3],
+                    Precision::Bf16 => {
+                        let held = [B::held(precision), precision];
+                        let rounded = classified(&x64, &w64, &ids, layer, &scales, held);
+                        let pairs = rounded.iter().zip([&losses, &dx, &dw]);
+                        let mut off = pairs.map(|(rounded, exact)| relative_error(rounded, exact));
+                        std::array::from_fn(|_| 2.0 * off.next().unwrap_or(0.0))
+                    }
+                };
+                each(backends, |b| {
+                    let bound = |i: usize| off[i] + b.bound(Of::Head, precision);
+                    let sequences = Sequences { batch: 1, length: rows };
+                    let mut scratch = workspace(b, sequences, channels, 1, vocab_size, precision);
+                    let (x, targets) = (input(b, &x, precision), tokens(b, &ids));
+                    let params = Params::of(b, &[&w]);
+                    let weights = weights.map(|weights| f32_input(b, weights));
+                    for accumulate in [false, true].into_iter().take(if once { 1 } else { 2 }) {
+                        let before = vec![if accumulate { 1.0 } else { f32::NAN }; dw.len()];
+                        let mut flat = Gradients::of(b, &[&before]);
+                        let mut our_dx = poison(b, dx.len(), precision);
+                        let mut our_losses = f32_poison(b, rows);
+                        let [dw_] = flat.get(b);
+                        let gradient = ClassifierGradient {
+                            dx: &mut our_dx,
+                            dw: dw_,
+                            weights: weights.as_ref(),
+                            scale,
+                            accumulate,
+                        };
+                        let (losses_, w) = (&mut our_losses, params.get(b, 0));
+                        if is_hosts {
+                            let operands = HostClassifier { losses: losses_, gradient, x: &x, w };
+                            let (thread, mut seen) = (std::thread::current().id(), 0);
+                            let mut loss = |of: LogitRows<'_>| {
+                                assert_eq!(std::thread::current().id(), thread);
+                                assert_eq!(of.first, seen, "rows come in order");
+                                seen += of.losses.len();
+                                cross_entropy(of, &ids, vocab_size);
+                                Ok(())
+                            };
+                            b.classifier_of_host(&mut scratch, operands, shape, &mut loss).unwrap();
+                            assert_eq!(seen, rows);
+                        } else {
+                            let gradient = Some(gradient);
+                            let (x, targets) = (&x, &targets);
+                            let operands = Classifier { losses: losses_, gradient, x, w, targets };
+                            b.classifier(&mut scratch, operands, shape);
+                        }
+                        let what = |what: &str| format!("{what} of {size:?} in {precision:?}");
+                        let ours = read_f32(b, &our_losses, rows);
+                        within(b, &what("losses"), &ours, &losses, bound(0));
+                        within(b, &what("dx"), &read(b, &our_dx), &dx, bound(1));
+                        let exact = if accumulate { plus_one(&dw) } else { dw.clone() };
+                        within(b, &what("dw"), &flat.read(b)[0], &exact, bound(2));
+                    }
+                    let mut alone = f32_poison(b, rows);
                     let operands = Classifier {
-                        losses: &mut our_losses,
-                        gradient: Some(gradient),
+                        losses: &mut alone,
+                        gradient: None,
                         x: &x,
                         w: params.get(b, 0),
                         targets: &targets,
                     };
                     b.classifier(&mut scratch, operands, shape);
-                    let what = |what: &str| format!("{what} of {size:?} in {precision:?}");
-                    let ours = read_f32(b, &our_losses, rows);
-                    within(b, &what("losses"), &ours, &losses, bound(0));
-                    within(b, &what("dx"), &read(b, &our_dx), &dx, bound(1));
-                    let exact = if accumulate { plus_one(&dw) } else { dw.clone() };
-                    within(b, &what("dw"), &flat.read(b)[0], &exact, bound(2));
-                }
-                let mut alone = f32_poison(b, rows);
-                let operands = Classifier {
-                    losses: &mut alone,
-                    gradient: None,
-                    x: &x,
-                    w: params.get(b, 0),
-                    targets: &targets,
-                };
-                b.classifier(&mut scratch, operands, shape);
-                within(b, "losses alone", &read_f32(b, &alone, rows), &losses, bound(0));
-            });
+                    let what = "losses alone";
+                    within(b, what, &read_f32(b, &alone, rows), &losses, bound(0));
+                });
+            }
         }
     }
+}
+
+/// Cross-entropy as a host may write it.
+fn cross_entropy(of: LogitRows<'_>, ids: &[u32], vocab_size: usize) {
+    let LogitRows { first, logits, losses } = of;
+    for (row, (logits, loss)) in logits.chunks_mut(vocab_size).zip(losses).enumerate() {
+        let target = ids[first + row] as usize;
+        let max = logits.iter().fold(f32::MIN, |max, l| max.max(*l));
+        let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
+        *loss = (f64::from(max) + sum.ln() - f64::from(logits[target])) as f32;
+        logits.iter_mut().for_each(|l| *l = (f64::from(*l - max).exp() / sum) as f32);
+        logits[target] -= 1.0;
+    }
+}
+
+/// An error of the host's loss comes out, and no row is asked for behind it.
+pub(super) fn a_loss_that_fails<B: Harness>(backends: &[B]) {
+    let size @ [rows, channels, vocab_size] = [5, 24, 37];
+    let (x, w, _) = operands::<B>(size, Precision::F32);
+    each(backends, |b| {
+        let sequences = Sequences { batch: 1, length: rows };
+        let mut scratch = workspace(b, sequences, channels, 1, vocab_size, Precision::F32);
+        let (x, params) = (input(b, &x, Precision::F32), Params::of(b, &[&w]));
+        let mut flat = Gradients::of(b, &[&vec![0.0; w.len()]]);
+        let mut dx = poison(b, rows * channels, Precision::F32);
+        let mut losses = f32_poison(b, rows);
+        let [dw] = flat.get(b);
+        let (weights, scale, accumulate) = (None, 1.0, false);
+        let gradient = ClassifierGradient { dx: &mut dx, dw, weights, scale, accumulate };
+        let operands = HostClassifier { losses: &mut losses, gradient, x: &x, w: params.get(b, 0) };
+        let shape = HeadShape { rows, channels, vocab_size, precision: Precision::F32 };
+        let mut calls = 0;
+        let mut loss = |_: LogitRows<'_>| {
+            calls += 1;
+            Err(crate::Error::Stopped)
+        };
+        let failed = b.classifier_of_host(&mut scratch, operands, shape, &mut loss);
+        assert!(matches!(failed, Err(crate::Error::Stopped)) && calls == 1);
+    });
 }
 
 pub(super) fn worst_losses<B: Harness>(backends: &[B]) {
@@ -191,7 +269,7 @@ fn classified(
     w: &[f64],
     ids: &[u32],
     shape: LinearShape,
-    scale: f64,
+    scales: &[f64],
     held: [Precision; 2],
 ) -> [Vec<f64>; 3] {
     let round = |values: Vec<f64>, precision| match precision {
@@ -201,7 +279,7 @@ fn classified(
     let zeros = vec![0.0; shape.outputs];
     let mut logits = round(reference::linear_forward(x, w, &zeros, shape), held[0]);
     let mut losses = Vec::new();
-    for (row, target) in logits.chunks_mut(shape.outputs).zip(ids) {
+    for ((row, target), scale) in logits.chunks_mut(shape.outputs).zip(ids).zip(scales) {
         let max = row.iter().copied().fold(f64::MIN, f64::max);
         let sum: f64 = row.iter().map(|l| (l - max).exp()).sum();
         losses.push(max + sum.ln() - row[*target as usize]);

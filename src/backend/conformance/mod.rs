@@ -125,10 +125,11 @@ suite! {
         nan_poisons_the_products_that_it_enters gelu;
     attend: attention;
     decode: few_rows_are_those_of_a_layer attention_in_pieces embedding_behind;
-    head: classifier worst_losses the_worst_loss_of_five_logits logits;
+    head: classifier classifier_of_host a_loss_that_fails worst_losses the_worst_loss_of_five_logits
+        logits;
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset
         intervals_are_those_of_what_moved;
-    optimize: sums_of_losses lanes_are_joined optimizer_steps tried_updates_are_the_updates
+    optimize: sums_of_losses weighted_losses gradients_are_scaled lanes_are_joined optimizer_steps tried_updates_are_the_updates
         rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte
         scales_of_tensors_follow_the_largest weights_ramp_up_to_the_bit
         updates_are_watched;
@@ -406,7 +407,7 @@ impl<B: Harness> Gradients<B> {
         let bytes = flat.places.last().map_or(0, |place| place.start + place.bytes());
         b.write_bytes(&mut flat.bytes, 0, &vec![MARK_OF_BYTES; bytes]).unwrap();
         for (slot, piece) in slots.iter().zip(pieces) {
-            flat.write(b, *slot, piece);
+            flat.write(b, *slot, piece).unwrap();
         }
         Self { flat, slots, bytes }
     }

@@ -109,7 +109,7 @@ impl<B: Harness> Update<B> {
 
     pub(in crate::backend) fn add_losses(&mut self, b: &B, losses: &[f32], accumulate: bool) {
         let rows = losses.len();
-        b.add_losses(&mut self.reduction, &f32_input(b, losses), rows, accumulate);
+        b.add_losses(&mut self.reduction, (&f32_input(b, losses), None), rows, accumulate);
     }
 
     /// What a step works on, with what is kept besides.
@@ -284,6 +284,72 @@ pub(in crate::backend) fn loaded(
             let codes = elements.as_chunks().0.iter();
             codes.map(|code| F16::decode(u16::from_le_bytes(*code), scale(0))).collect()
         }
+    }
+}
+
+/// Each loss times its weight, where there are weights.
+pub(super) fn weighted_losses<B: Harness>(backends: &[B]) {
+    let losses: Vec<f32> = random(3000, 8);
+    let weights: Vec<f32> = (0..3000).map(|i| [0.0, 1.0, -0.5, 3.0][i % 4]).collect();
+    let sum = |rows: usize| -> f64 {
+        let pairs = losses[..rows].iter().zip(&weights);
+        pairs.map(|(l, w)| f64::from(*l) * f64::from(*w)).sum()
+    };
+    each(backends, |b| {
+        let mut update = Update::of(b, &some_values(), Optimizer::default());
+        let (losses, weights) = (f32_input(b, &losses), f32_input(b, &weights));
+        let both = (&losses, Some(&weights));
+        b.add_losses(&mut update.reduction, both, 2999, false);
+        b.add_losses(&mut update.reduction, both, 3, true);
+        let (found, _) = b.counts(&update.workspace, &update.reduction).unwrap();
+        let exact = sum(2999) + sum(3);
+        assert!(
+            (found - exact).abs() < 1e-9 * exact.abs().max(1.0),
+            "{}: {found} {exact}",
+            b.name()
+        );
+        let ones = f32_input(b, &[1.0; 3000]);
+        let [plain, by_ones] = [None, Some(&ones)].map(|weights| {
+            b.add_losses(&mut update.reduction, (&losses, weights), 3000, false);
+            b.counts(&update.workspace, &update.reduction).unwrap().0
+        });
+        assert_eq!(plain, by_ones);
+    });
+}
+
+/// Those of some parameters alone, in what they are kept in.
+pub(super) fn gradients_are_scaled<B: Harness>(backends: &[B]) {
+    let values = some_values();
+    for kept in crate::optim::Gradients::ALL {
+        each(backends, |b| {
+            let optimizer = Optimizer { gradients: kept, ..Optimizer::default() };
+            let mut update = Update::of(b, &values, optimizer);
+            let slots = update.params.slots.clone();
+            let read = |flat: &FlatGradients<B>| -> Vec<Vec<f32>> {
+                let of = |slot: &Slot| {
+                    let mut values = vec![0.0; slot.len];
+                    flat.read(b, *slot, &mut values).unwrap();
+                    values
+                };
+                slots.iter().map(of).collect()
+            };
+            let before = read(&update.gradients.flat);
+            let of = 1..slots.len() - 1;
+            b.scale_gradients(&mut update.gradients.flat, &of, -0.3);
+            for (i, (before, after)) in before.iter().zip(read(&update.gradients.flat)).enumerate()
+            {
+                let place = update.gradients.flat.places[i];
+                let expected: Vec<f32> = match (of.contains(&i), place.precision) {
+                    (false, _) => before.clone(),
+                    (true, Precision::F32) => before.iter().map(|g| g * -0.3).collect(),
+                    (true, Precision::Bf16) => {
+                        let rounded = before.iter().map(|g| half::bf16::from_f32(g * -0.3));
+                        rounded.map(half::bf16::to_f32).collect()
+                    }
+                };
+                assert_eq!(after, expected, "{}: parameter {i}", b.name());
+            }
+        });
     }
 }
 

@@ -7,12 +7,16 @@
 use rayon::prelude::*;
 
 use super::disjoint::DisjointSlice;
-use super::gemm::{Conversion, Matrix, Output, Role, pack};
+use super::gemm::{Conversion, Matrix, Output, PackMemory, Packed, Role, pack};
 use super::isa::{Isa, simd_fn};
 use super::math::{exp, lane_amax, lane_max, lane_sum};
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu, rows_per_job};
-use crate::backend::{Classifier, Head, HeadShape, Precision, WorstLosses};
+use crate::Result;
+use crate::backend::{
+    Classifier, ClassifierGradient, Head, HeadShape, HostClassifier, HostLoss, LogitRows,
+    Precision, WorstLosses,
+};
 
 /// Logits held at a time, about: 32 MiB.
 const CHUNK_LOGITS: usize = 8 << 20;
@@ -45,8 +49,9 @@ impl Head for Cpu {
         &self,
         workspace: &mut Workspace,
         operands: Classifier<'_, Self>,
-        HeadShape { rows, channels, vocab_size, precision }: HeadShape,
+        shape: HeadShape,
     ) {
+        let HeadShape { rows, channels, vocab_size, precision } = shape;
         let Classifier { losses, mut gradient, x, w, targets } = operands;
         let conversion = Conversion::to(precision);
         let Workspace { a, b: [head, transposed_head, input], elements: logits, .. } = workspace;
@@ -65,24 +70,46 @@ impl Head for Cpu {
             let packed = pack(self, &packed, conversion, Role::A, a.as_mut());
             self.gemm(packed, head, overwrite(logits, vocab_size));
 
-            let scale = gradient.as_ref().map(|g| g.scale);
+            let scales = gradient.as_ref().map(|g| Scales::of(g, r0, n));
             let losses = &mut losses[r0..r0 + n];
-            softmax_rows(self, logits, losses, &targets[r0..r0 + n], vocab_size, scale);
+            softmax_rows(self, logits, losses, &targets[r0..r0 + n], vocab_size, scales);
 
             let (Some(gradient), Some(transposed)) = (&mut gradient, transposed) else { continue };
-            let dlogits: &[f32] = logits;
-            let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
-            let by_vocab = pack(self, &by_vocab, conversion, Role::A, a.as_mut());
-            let dx = &mut gradient.dx[r0 * channels..][..n * channels];
-            self.gemm(by_vocab, transposed, overwrite(dx, channels));
-
-            let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
-            let by_row = pack(self, &by_row, conversion, Role::A, a.as_mut());
-            let x = Matrix::depth_by_rows(x, channels, n);
-            let x = pack(self, &x, conversion, Role::B, input.as_mut());
-            let accumulate = gradient.accumulate || r0 > 0;
-            self.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dw, channels) });
+            let behind = Behind { x, w: transposed, first: r0, shape };
+            self.head_backward(logits, gradient, behind, (a, input));
         }
+    }
+
+    fn classifier_of_host(
+        &self,
+        workspace: &mut Workspace,
+        operands: HostClassifier<'_, Self>,
+        shape: HeadShape,
+        loss: &mut HostLoss<'_>,
+    ) -> Result<()> {
+        let HeadShape { rows, channels, vocab_size, precision } = shape;
+        let HostClassifier { losses, mut gradient, x, w } = operands;
+        let conversion = Conversion::to(precision);
+        let Workspace { a, b: [head, transposed_head, input], elements: logits, .. } = workspace;
+        let by_channel = Matrix::rows_by_depth(w, vocab_size, channels);
+        let head = pack(self, &by_channel, conversion, Role::B, head.as_mut());
+        let by_vocab = Matrix::depth_by_rows(w, channels, vocab_size);
+        let w = pack(self, &by_vocab, conversion, Role::B, transposed_head.as_mut());
+        let chunk = chunk_rows(rows, vocab_size);
+        for first in (0..rows).step_by(chunk) {
+            let n = chunk.min(rows - first);
+            let x = &x[first * channels..][..n * channels];
+            let logits = &mut logits[..n * vocab_size];
+            let packed = Matrix::rows_by_depth(x, n, channels);
+            let packed = pack(self, &packed, conversion, Role::A, a.as_mut());
+            self.gemm(packed, head, overwrite(logits, vocab_size));
+
+            loss(LogitRows { first, logits, losses: &mut losses[first..first + n] })?;
+            scale_rows(self, logits, vocab_size, Scales::of(&gradient, first, n));
+            let behind = Behind { x, w, first, shape };
+            self.head_backward(logits, &mut gradient, behind, (a, input));
+        }
+        Ok(())
     }
 
     fn worst_losses(
@@ -127,7 +154,60 @@ impl Head for Cpu {
     }
 }
 
+/// Factors of the gradients of some rows.
+#[derive(Clone, Copy)]
+struct Scales<'a> {
+    /// Of all.
+    of_all: f32,
+    /// Of each, where they have any.
+    weights: Option<&'a [f32]>,
+}
+
+impl<'a> Scales<'a> {
+    /// Of `n` rows from `first` on.
+    fn of(gradient: &ClassifierGradient<'a, Cpu>, first: usize, n: usize) -> Self {
+        let weights = gradient.weights.map(|weights| &weights[first..first + n]);
+        Self { of_all: gradient.scale, weights }
+    }
+
+    fn of_row(&self, row: usize) -> f32 {
+        self.weights.map_or(self.of_all, |weights| self.of_all * weights[row])
+    }
+}
+
+/// What gradients of logits go back through: rows of x from `first` on, and w (C, V), packed.
+#[derive(Clone, Copy)]
+struct Behind<'a> {
+    x: &'a [f32],
+    w: Packed<'a>,
+    first: usize,
+    shape: HeadShape,
+}
+
 impl Cpu {
+    /// dx and dw of some rows, given the gradients of their logits.
+    fn head_backward(
+        &self,
+        dlogits: &[f32],
+        gradient: &mut ClassifierGradient<'_, Self>,
+        Behind { x, w, first, shape }: Behind<'_>,
+        (a, input): (&mut PackMemory, &mut PackMemory),
+    ) {
+        let HeadShape { channels, vocab_size, precision, .. } = shape;
+        let (n, conversion) = (dlogits.len() / vocab_size, Conversion::to(precision));
+        let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
+        let by_vocab = pack(self, &by_vocab, conversion, Role::A, a.as_mut());
+        let dx = &mut gradient.dx[first * channels..][..n * channels];
+        self.gemm(by_vocab, w, overwrite(dx, channels));
+
+        let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
+        let by_row = pack(self, &by_row, conversion, Role::A, a.as_mut());
+        let x = Matrix::depth_by_rows(x, channels, n);
+        let x = pack(self, &x, conversion, Role::B, input.as_mut());
+        let accumulate = gradient.accumulate || first > 0;
+        self.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dw, channels) });
+    }
+
     /// Logits (n, V) of x (n, C), with w (V, C) as it lies.
     pub(super) fn logits_in_place(
         &self,
@@ -157,14 +237,14 @@ fn overwrite(c: &mut [f32], stride: usize) -> Output<'_> {
     Output { c, stride, alpha: 1.0, bias: None, accumulate: false }
 }
 
-/// Losses of all rows and, with `scale`, dlogits in place of the logits.
+/// Losses of all rows and, with `scales`, dlogits in place of the logits.
 fn softmax_rows(
     cpu: &Cpu,
     logits: &mut [f32],
     losses: &mut [f32],
     targets: &[u32],
     vocab_size: usize,
-    scale: Option<f32>,
+    scales: Option<Scales<'_>>,
 ) {
     let per_job = rows_per_job(vocab_size);
     cpu.install(|| {
@@ -172,12 +252,24 @@ fn softmax_rows(
             .par_chunks_mut(per_job * vocab_size)
             .zip(losses.par_chunks_mut(per_job))
             .zip(targets.par_chunks(per_job))
-            .for_each(|((logits, losses), targets)| {
+            .enumerate()
+            .for_each(|(job, ((logits, losses), targets))| {
                 let rows = logits.chunks_exact_mut(vocab_size).zip(losses).zip(targets);
-                for ((logits, loss), target) in rows {
+                for (row, ((logits, loss), target)) in (job * per_job..).zip(rows) {
+                    let scale = scales.map(|scales| scales.of_row(row));
                     *loss = softmax_row(cpu.isa(), logits, *target as usize, scale);
                 }
             });
+    });
+}
+
+/// Multiplies gradients of logits by the factors of their rows.
+fn scale_rows(cpu: &Cpu, dlogits: &mut [f32], vocab_size: usize, scales: Scales<'_>) {
+    cpu.install(|| {
+        dlogits.par_chunks_mut(vocab_size).enumerate().for_each(|(row, dlogits)| {
+            let scale = scales.of_row(row);
+            dlogits.iter_mut().for_each(|v| *v *= scale);
+        });
     });
 }
 

@@ -2,7 +2,7 @@
 //! `optim/adamw.rs` compiled for each instruction set; StableAdamW gives it rates of its own, and Muon
 //! (`muon.rs`) and Q-Ramping (`ramping.rs`) move matrices otherwise.
 
-use std::ops::Add;
+use std::ops::{Add, Range};
 
 use rayon::prelude::*;
 
@@ -87,12 +87,21 @@ impl Optimize for Cpu {
     fn add_losses(
         &self,
         reduction: &mut Reduction,
-        losses: &Buffer<f32>,
+        (losses, weights): (&Buffer<f32>, Option<&Buffer<f32>>),
         rows: usize,
         accumulate: bool,
     ) {
         let before = if accumulate { reduction.losses } else { 0.0 };
-        reduction.losses = before + sum_of(&losses[..rows]);
+        let losses = &losses[..rows];
+        let sum = match weights {
+            None => sum_of(losses),
+            Some(weights) => losses
+                .iter()
+                .zip(&weights[..rows])
+                .map(|(l, w)| f64::from(*l) * f64::from(*w))
+                .sum(),
+        };
+        reduction.losses = before + sum;
     }
 
     fn counts(&self, _: &Workspace, reduction: &Reduction) -> Result<(f64, u64)> {
@@ -102,6 +111,15 @@ impl Optimize for Cpu {
     fn set_losses(&self, reduction: &mut Reduction, losses: f64) -> Result<()> {
         reduction.losses = losses;
         Ok(())
+    }
+
+    fn scale_gradients(&self, gradients: &mut FlatGradients<Self>, of: &Range<usize>, factor: f32) {
+        let bytes = gradients.bytes_of(of);
+        let gradients: &mut [f32] = bytemuck::cast_slice_mut(&mut gradients.all_mut()[bytes]);
+        self.install(|| {
+            let jobs = gradients.par_chunks_mut(JOB_ELEMENTS);
+            jobs.for_each(|job| job.iter_mut().for_each(|g| *g *= factor));
+        });
     }
 
     fn join_gradients(&self, others: &Buffer<u8>, gradients: &mut FlatGradients<Self>) {

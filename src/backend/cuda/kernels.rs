@@ -25,7 +25,7 @@ macro_rules! file {
 pub(super) static FILES: [File; 34] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
-            copy_to_bf16 split_master join_master")
+            scale_gradients<T> copy_to_bf16 split_master join_master")
     }),
     file!("optimize_moments", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {
         of("update_stored<F32,WHOLE> update_stored<F32,HALVES> \

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::device::launch;
 use super::device::memory::{Arena, F32, Masters, Param, Piece, Upload};
 use super::step::{Entry, OfMoments, PIECE, Step, THREADS};
-use super::{Cuda, Workspace, exchange, muon};
+use super::{Cuda, Workspace, exchange, kernel, muon};
 use crate::Result;
 use crate::backend::{FlatGradients, Optimize, Precision, Slot, Trained};
 use crate::optim::spam::{Factors, STATISTICS};
@@ -303,9 +303,30 @@ impl Optimize for Cuda {
         self.clear(workspace.clamped.address, 4);
     }
 
-    fn add_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize, accumulate: bool) {
+    fn add_losses(
+        &self,
+        reduction: &mut Reduction,
+        (losses, weights): (&F32, Option<&F32>),
+        rows: usize,
+        accumulate: bool,
+    ) {
+        let weights = weights.map_or(0, F32::address);
         launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-            reduction.sum(0), losses.address(), rows as u32, u32::from(accumulate));
+            reduction.sum(0), losses.address(), weights, rows as u32, u32::from(accumulate));
+    }
+
+    fn scale_gradients(&self, gradients: &mut FlatGradients<Self>, of: &Range<usize>, factor: f32) {
+        let all = gradients.all().address;
+        // What lies between two of them is 0 and stays so.
+        for places in gradients.places[of.clone()].chunk_by(|a, b| a.precision == b.precision) {
+            let (Some(first), Some(last)) = (places.first(), places.last()) else { continue };
+            let bytes = (last.start + last.bytes() - first.start)
+                .next_multiple_of(8 * first.precision.size());
+            let elements = bytes / first.precision.size();
+            let grid = grid(self, BLOCKS, elements.div_ceil(8 * THREADS) as u64);
+            launch!(self.gpu, kernel!(first, "scale_gradients"), grid, THREADS, 0;
+                all + first.start as u64, elements as u64, factor);
+        }
     }
 
     fn counts(&self, workspace: &Workspace, reduction: &Reduction) -> Result<(f64, u64)> {
@@ -462,7 +483,7 @@ impl Optimize for Cuda {
 
     fn sum_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize) -> Result<f64> {
         launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-            reduction.sum(3), losses.address(), rows as u32, 0u32);
+            reduction.sum(3), losses.address(), 0u64, rows as u32, 0u32);
         let mut sum = [0.0];
         self.read(reduction.sum(3), &mut sum)?;
         Ok(sum[0])

@@ -107,6 +107,7 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             for step in 7..10 {
                 let plan = StepPlan {
                     accumulate: false,
+                    weighted: false,
                     precision: Precision::Bf16,
                     layers: vec![[recipe; 4]],
                     kept: None,
