@@ -14,7 +14,7 @@ use super::memory::Buffers;
 use super::{Gradients, Run, Trainer};
 use crate::backend::{Backend, HostLoss, Sequences, on_device};
 use crate::gpt::Place;
-use crate::model::{Model, Weights};
+use crate::model::Model;
 use crate::reserve::reserve;
 use crate::run::TrainerState;
 use crate::{Error, Result, StepStats};
@@ -379,15 +379,14 @@ impl<B: Backend> Run<B> {
         loss: Option<&mut HostLoss<'_>>,
     ) -> Result<()> {
         let on = Arc::clone(&self.model);
-        let mut weights = on.lock()?;
-        on.keep_as(&mut weights, state.options.optimizer.master)?;
+        // NOTE: to be read, so that a host's loss that panics poisons nothing.
+        let weights = on.read_as(state.options.optimizer.master)?;
         self.record_anew(&weights);
-        let weights: &Weights<B> = &weights;
         let place = Place { seed: state.seed, step: state.step, micro_step: micro_step.number };
         let options = &state.options;
         let positions = options.batch_size * options.sequence_length * options.accumulation;
         let scale = 1.0 / positions as u64 as f32;
-        self.micro_step(weights, model, state, (micro_step, place, scale), loss)
+        self.micro_step(&weights, model, state, (micro_step, place, scale), loss)
     }
 
     /// Losses of the batch that is in the buffers.
