@@ -107,7 +107,11 @@ fn what_one_rank_takes_is_planned() {
     let dir = tempfile::tempdir().unwrap();
     let plan = |of: &str| -> serde_json::Value {
         let line = format!("plan --layers 8 --channels 64 --threads 1 --json {of}");
-        serde_json::from_str(&succeed(dir.path(), &line)).unwrap()
+        let mut plan: serde_json::Value =
+            serde_json::from_str(&succeed(dir.path(), &line)).unwrap();
+        // What the machine has free changes from one call to the next.
+        plan.as_object_mut().unwrap().remove("available");
+        plan
     };
     let (alone, whole) = (plan(""), plan("--ranks 4"));
     assert_eq!(alone, whole);
