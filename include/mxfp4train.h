@@ -80,8 +80,8 @@
 //
 // 6. Callbacks are a function and a user_data pointer, run only on the thread that is inside the
 //    call, and return 0 to go on or another number to stop. See each for what it may do: mxt_step_fn
-//    may do everything; mxt_token_fn, mxt_log_fn and mxt_user_data_free_fn must not let a C++
-//    exception out, which would end the process.
+//    may do everything; mxt_token_fn, mxt_loss_fn, mxt_log_fn and mxt_user_data_free_fn must not let a
+//    C++ exception out, which would end the process.
 //
 // 7. A guest in your process: no output, no signal handlers, no exit, no changes of the environment,
 //    the locale or the signal mask. A call computes in the default floating-point mode, whatever the
@@ -134,6 +134,9 @@
 
 // Most dimensions that a tensor can have.
 #define MXT_MAX_RANK 4
+
+// In place of a target: the position is no part of the loss, as -100 is in PyTorch.
+#define MXT_IGNORED 4294967295
 
 // The values of mxt_status. A value never changes its meaning and is never used again.
 typedef enum mxt_status_code {
@@ -412,7 +415,7 @@ typedef void (*mxt_user_data_free_fn)(void *user_data);
 // trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
 //
 // Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
-// mxt_trainer_new, _load, _load_as, _step, _step_tokens, _eval, _save and _run. All ranks make them in
+// mxt_trainer_new, _load, _load_as, _step, _step_tokens, _update, _eval, _save and _run. All ranks make them in
 // the same order with the same arguments, but for tokens that a rank brings, and folders: rank 0
 // writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 // has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
@@ -848,6 +851,65 @@ typedef struct mxt_memory_plan {
   // ranks exchange takes up to 32 MiB of the host besides, which is not in the plan.
   uint64_t exchange;
 } mxt_memory_plan;
+
+// Some rows of a batch on their way through a loss of the host's. Position t of sequence b is row
+// b * sequence_length + t.
+typedef struct mxt_logits {
+  // sizeof(mxt_logits), set by the library.
+  size_t struct_size;
+  // (rows, vocab_size), row-major, in the host's memory: logits, to be replaced by the gradient of
+  // each row's loss in them. Weights and divisor are not in it: the library multiplies.
+  float *logits;
+  // (rows): the loss of each row, to be written.
+  float *losses;
+  // The number of the first row.
+  uint64_t first_row;
+  // How many there are.
+  uint64_t rows;
+  // Logits of a row.
+  uint64_t vocab_size;
+} mxt_logits;
+
+// Makes losses of logits, and their gradients, for some rows of a batch: rows come in their order,
+// each once, some 32 MiB of logits at a time. All that `rows` points to is borrowed for the call.
+//
+// Returns 0 to go on; any other number ends mxt_trainer_forward_backward with MXT_STOPPED. A number
+// that it writes and that is not finite shows at mxt_trainer_update, as MXT_ERROR_NOT_FINITE.
+//
+// Runs on the thread that called mxt_trainer_forward_backward. Calls on that trainer and its model
+// return MXT_ERROR_BUSY. It must not throw or longjmp.
+typedef int32_t (*mxt_loss_fn)(void *user_data, const struct mxt_logits *rows);
+
+// What a trainer learns from in one go: batch_size sequences of sequence_length positions, as the
+// trainer's options have them. Fill it with mxt_batch_init. Arrays have a number for each position,
+// sequence after sequence; they are borrowed for the call, and may lie in memory of the engine's GPU,
+// written before the call or on the engine's stream.
+typedef struct mxt_batch {
+  // Set by mxt_batch_init.
+  size_t struct_size;
+  // Numbers in each array: batch_size * sequence_length.
+  size_t count;
+  // What the model reads.
+  const uint32_t *tokens;
+  // What it is to predict at each position, or MXT_IGNORED. The next token, for a language model.
+  // May be NULL with `loss`, which is of all positions then.
+  const uint32_t *targets;
+  // A factor of each position's loss: 0 for what is not to be learned, as a prompt or padding.
+  // NULL (default) is 1 for each.
+  const float *weights;
+  // What the sum of weighted losses is divided by, together with the divisors of the step's other
+  // batches. 0 (default) is the sum of the weights of targets that are not ignored, so that the
+  // step's loss is the mean over what counts. Weights that may be below 0, as advantages are, need
+  // another one, such as `count`.
+  double divisor;
+  // Where the loss of each position is written, without its weight, 0 where the target is ignored;
+  // or NULL (default).
+  float *losses;
+  // In place of cross-entropy, or NULL (default).
+  mxt_loss_fn loss;
+  // Passed to `loss`.
+  void *user_data;
+} mxt_batch;
 
 // What an update did to a tensor. Set struct_size to sizeof(mxt_tensor_update) before the call
 // that fills it.
@@ -1529,7 +1591,7 @@ mxt_status mxt_trainer_save(struct mxt_trainer *trainer, const char *dir);
 // (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
-// than a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
+// than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
 // dataset, also where this step does not read it), MXT_ERROR_IO (a file of the dataset has become
 // shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or
 // moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the
@@ -1547,7 +1609,7 @@ mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
 // in memory of the engine's GPU, written before the call or on the engine's stream.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count; an
-// optimizer with "ramping", which draws windows of its own), MXT_ERROR_TOKEN_RANGE,
+// optimizer with "ramping", which draws windows of its own; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE,
 // MXT_ERROR_NOT_FINITE (the weights are as before the step), MXT_ERROR_BUSY.
 mxt_status mxt_trainer_step_tokens(struct mxt_trainer *trainer,
                                    const uint32_t *tokens,
@@ -1665,6 +1727,79 @@ mxt_status mxt_plan(const struct mxt_engine *engine,
                     const struct mxt_model_config *config,
                     const struct mxt_trainer_options *options,
                     struct mxt_memory_plan *result);
+
+// Fills `batch` with the defaults. `struct_size` is sizeof(mxt_batch) as the caller's header has it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_batch_init(struct mxt_batch *batch,
+                          size_t struct_size);
+
+// Computes the gradients of a batch, and adds them to those of the batches since the last update: of
+// the sum of all weighted losses over the sum of divisors. mxt_trainer_update makes the step of them.
+// Where `accumulation` such batches have no weights but 1, that step has the bits of
+// mxt_trainer_step_tokens; any other number of batches is as good, but where the trainer has lanes,
+// or is in a group of ranks, of which each gives its accumulation / ranks.
+//
+// It is not collective. mxt_trainer_step and its like return MXT_ERROR_INVALID_ARGUMENT while batches
+// wait for an update; evaluating and saving go on, and a checkpoint does not have them.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; more
+// batches than a step with lanes has; an optimizer with "ramping"), MXT_ERROR_TOKEN_RANGE,
+// MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still wait then. MXT_STOPPED
+// (`loss` returned another number than 0): none of them does any more, and the step begins anew.
+mxt_status mxt_trainer_forward_backward(struct mxt_trainer *trainer,
+                                        const struct mxt_batch *batch);
+
+// One optimizer step by the gradients of all batches since the last one (mxt_trainer_forward_backward)
+// and stores what it did in `*stats` (struct_size set by the caller; NULL if not wanted): clips, and
+// moves the weights. Collective in a group of ranks.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no batch waits, or too
+// few with lanes; or the divisors of all of them are not above 0 together, as where every target is
+// ignored), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Weights and moments are then as before, and but for
+// too few batches none waits any more.
+mxt_status mxt_trainer_update(struct mxt_trainer *trainer,
+                              struct mxt_step_stats *stats);
+
+// Drops the gradients that wait for an update; the next batch begins a step anew.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_BUSY.
+mxt_status mxt_trainer_zero_gradients(struct mxt_trainer *trainer);
+
+// Multiplies the gradient that waits for an update by `factor`, of the tensor of this name or, where
+// `tensor` is NULL, of all. `tensor` is borrowed for the call.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
+// factor that is not finite; no gradient waits), MXT_ERROR_UNSUPPORTED (with lanes, or in a group),
+// MXT_ERROR_BUSY.
+mxt_status mxt_trainer_scale_gradients(struct mxt_trainer *trainer,
+                                       const char *tensor,
+                                       float factor);
+
+// Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape that
+// mxt_model_tensor_info gives: of the last step, before clipping; or, where batches wait for an update,
+// of their loss so far (of this rank, and of its last lane). `values` may lie on the engine's GPU.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT
+// (another count; the divisors of the batches are not above 0 together), MXT_ERROR_UNSUPPORTED (a
+// tensor of which another rank has the gradient), MXT_ERROR_BUSY.
+mxt_status mxt_trainer_read_gradient(struct mxt_trainer *trainer,
+                                     const char *tensor,
+                                     float *values,
+                                     size_t count);
+
+// Overwrites the gradient of a tensor that waits for an update, in the shape that
+// mxt_model_tensor_info gives; mxt_trainer_read_gradient then reads the same. Where none waits, those of
+// all other tensors are 0: a host may bring all gradients itself. `values` may lie on the engine's
+// GPU.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (as for
+// mxt_trainer_read_gradient), MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (with lanes, or in a group),
+// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+mxt_status mxt_trainer_write_gradient(struct mxt_trainer *trainer,
+                                      const char *tensor,
+                                      const float *values,
+                                      size_t count);
 
 // Copies all that mxt_trainer_save would write to the host, and stores the copy in `*snapshot` for the
 // caller to free. It takes as much memory as the two tensor files of a checkpoint together. The

@@ -11,7 +11,7 @@ use std::process::Command;
 use common::{has_program, root, succeed};
 
 /// The files that declare something, in the order of the header.
-const SOURCES: [&str; 14] = [
+const SOURCES: [&str; 15] = [
     "status",
     "version",
     "message",
@@ -23,6 +23,7 @@ const SOURCES: [&str; 14] = [
     "dataset",
     "trainer_structs",
     "trainer",
+    "batch",
     "snapshot",
     "watch",
     "run",

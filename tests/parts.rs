@@ -461,7 +461,7 @@ fn refusals_leave_what_waits() {
         let mut unfit = vec![1.0; tokens.len()];
         unfit[5] = f32::NAN;
         let batch = || Batch { tokens: &tokens, targets: &good, ..Batch::default() };
-        let mut short = vec![0.0; 5];
+        let mut short = [0.0; 5];
         for (batch, losses, words) in [
             (Batch { tokens: &bad, ..batch() }, None, "the tokens of this batch"),
             (Batch { targets: &bad, ..batch() }, None, "the targets of this batch"),

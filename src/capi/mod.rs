@@ -20,7 +20,7 @@
 //! | `arguments` | strings and arrays from the host |
 //! | `buffers` | arrays that may lie on a GPU |
 //! | `user_data` | the host's pointer for callbacks, and giving it back |
-//! | `version`, `engine`, `group`, `model`, `generate`, `decoder`, `dataset`, `trainer` (with `trainer_structs`), `watch`, `run` | the functions |
+//! | `version`, `engine`, `group`, `model`, `generate`, `decoder`, `dataset`, `trainer` (with `trainer_structs`), `batch`, `watch`, `run` | the functions |
 
 // The names are C names.
 #![allow(non_camel_case_types)]
@@ -29,6 +29,7 @@
 #![allow(clippy::missing_safety_doc)]
 
 mod arguments;
+mod batch;
 mod buffers;
 mod cancel;
 mod dataset;
@@ -51,6 +52,7 @@ mod user_data;
 mod version;
 mod watch;
 
+pub use batch::*;
 pub use dataset::*;
 pub use decoder::*;
 pub use engine::*;

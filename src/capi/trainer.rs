@@ -15,7 +15,7 @@ use super::trainer_structs::{
     Texts, mxt_eval_stats, mxt_memory_plan, mxt_step_stats, mxt_trainer_options,
 };
 use super::{arguments, buffers, guard, handle};
-use crate::{LogLevel, StopHandle, Trainer, TrainerOptions, plan};
+use crate::{Engine, LogLevel, StopHandle, Trainer, TrainerOptions, plan};
 
 /// A model in training: weights, moments, schedule, and the number of steps done. It needs its
 /// model for itself while a call is inside: then calls on the model, on the trainer and on other
@@ -82,6 +82,10 @@ impl mxt_trainer {
         self.steps.store(trainer.steps_done(), Ordering::Release);
         self.schedule_start.store(trainer.schedule_start(), Ordering::Release);
         result
+    }
+
+    pub(super) fn engine(&self) -> &Engine {
+        self.model.model.engine()
     }
 
     /// Sends a warning to the engine's log.
@@ -232,7 +236,7 @@ pub unsafe extern "C" fn mxt_trainer_save(
 /// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
-/// than a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
+/// than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
 /// dataset, also where this step does not read it), MXT_ERROR_IO (a file of the dataset has become
 /// shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or
 /// moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the
@@ -266,7 +270,7 @@ pub unsafe extern "C" fn mxt_trainer_step(
 /// in memory of the engine's GPU, written before the call or on the engine's stream.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count; an
-/// optimizer with "ramping", which draws windows of its own), MXT_ERROR_TOKEN_RANGE,
+/// optimizer with "ramping", which draws windows of its own; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE,
 /// MXT_ERROR_NOT_FINITE (the weights are as before the step), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_step_tokens(

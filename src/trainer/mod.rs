@@ -955,12 +955,12 @@ impl<B: Backend> Run<B> {
         // Another trainer of the model may have them otherwise.
         on.keep_as(&mut weights, state.options.optimizer.master).map_err(refused)?;
         self.record_anew(&weights);
-        if std::mem::replace(&mut self.met, weights.moves) != weights.moves {
-            if let Some(ranks) = ranks.filter(|_| self.buffers.flat.exchange.gives_weights()) {
-                // Whoever goes on with what it met before would write to where weights were.
-                let met = self.buffers.flat.meet(backend, &weights.all, ranks);
-                met.inspect_err(|error| ranks.end(&error.to_string()))?;
-            }
+        if std::mem::replace(&mut self.met, weights.moves) != weights.moves
+            && let Some(ranks) = ranks.filter(|_| self.buffers.flat.exchange.gives_weights())
+        {
+            // Whoever goes on with what it met before would write to where weights were.
+            let met = self.buffers.flat.meet(backend, &weights.all, ranks);
+            met.inspect_err(|error| ranks.end(&error.to_string()))?;
         }
         let (fill, divisor) = match gradients {
             Gradients::Made(divisor) => (None, divisor),

@@ -48,11 +48,14 @@ impl fmt::Debug for Batch<'_> {
     }
 }
 
+/// Fills an array from another.
+type Copying<'a, T> = &'a dyn Fn(&mut [T]);
+
 /// A [`Batch`] whose numbers are copied once, from wherever they are.
 pub(crate) struct Given<'a> {
-    pub(crate) tokens: &'a dyn Fn(&mut [u32]),
-    pub(crate) targets: Option<&'a dyn Fn(&mut [u32])>,
-    pub(crate) weights: Option<&'a dyn Fn(&mut [f32])>,
+    pub(crate) tokens: Copying<'a, u32>,
+    pub(crate) targets: Option<Copying<'a, u32>>,
+    pub(crate) weights: Option<Copying<'a, f32>>,
     pub(crate) divisor: Option<f64>,
 }
 
