@@ -50,6 +50,11 @@ fn decoders() {
 }
 
 #[test]
+fn a_step_in_parts() {
+    run("parts.c", Link::Shared);
+}
+
+#[test]
 fn what_a_trainer_watches() {
     run("watch.c", Link::Shared);
 }

@@ -150,6 +150,7 @@ static void making(const char *tokens) {
   mxt_run_options run;
   mxt_dataset_options dataset_options;
   mxt_decoder_options decoder_options;
+  mxt_batch batch;
   mxt_decoder *decoder = NULL;
   mxt_memory_plan plan;
   mxt_model *other_model;
@@ -166,6 +167,7 @@ static void making(const char *tokens) {
   PANICS(mxt_run_options_init(&run, sizeof run));
   PANICS(mxt_dataset_options_init(&dataset_options, sizeof dataset_options));
   PANICS(mxt_decoder_options_init(&decoder_options, sizeof decoder_options));
+  PANICS(mxt_batch_init(&batch, sizeof batch));
 
   OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
   MAKING_PANICS(mxt_engine_new(&engine_options, &engine), engine);
@@ -240,6 +242,7 @@ int main(int argc, char **argv) {
   mxt_weight_metrics metrics;
   mxt_trainer_options options;
   mxt_run_options run;
+  mxt_batch batch;
   mxt_model *other = NULL;
   float values[16] = {0}, logits[VOCABULARY];
   uint32_t token = 1;
@@ -276,9 +279,19 @@ int main(int argc, char **argv) {
   options.struct_size = sizeof options;
   OK(mxt_run_options_init(&run, sizeof run));
   run.steps = 3;
+  OK(mxt_batch_init(&batch, sizeof batch));
+  batch.count = BATCH * CONTEXT;
+  batch.tokens = some;
+  batch.targets = some;
 
   TRAINER_PANICS(mxt_trainer_step(trainer, dataset, &stats));
   TRAINER_PANICS(mxt_trainer_step_tokens(trainer, some, BATCH * (CONTEXT + 1), &stats));
+  TRAINER_PANICS(mxt_trainer_forward_backward(trainer, &batch));
+  TRAINER_PANICS(mxt_trainer_update(trainer, &stats));
+  TRAINER_PANICS(mxt_trainer_zero_gradients(trainer));
+  TRAINER_PANICS(mxt_trainer_scale_gradients(trainer, NULL, 1.0f));
+  TRAINER_PANICS(mxt_trainer_read_gradient(trainer, "transformer.ln_f.bias", values, 16));
+  TRAINER_PANICS(mxt_trainer_write_gradient(trainer, "transformer.ln_f.bias", values, 16));
   TRAINER_PANICS(mxt_trainer_eval(trainer, dataset, 1, &eval));
   TRAINER_PANICS(mxt_trainer_save(trainer, folder));
   TRAINER_PANICS(mxt_trainer_set_sharpness(trainer, 1e-3f));
