@@ -194,6 +194,20 @@ fn the_example_trains_and_resumes() {
     }
 }
 
+/// A model that is shown the answers of sums alone learns to add.
+#[test]
+fn the_example_of_an_own_loss() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let source = root().join("examples/c/train_own_loss.c");
+    assert!(lines(&source) < 150, "the example is to be read in one go");
+    let program = compile(&source, Link::Shared, &[], dir.path());
+    let output = finish(Command::new(program).current_dir(dir.path()));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    let right = text.lines().last().and_then(|line| line.split(' ').next()?.parse::<u32>().ok());
+    assert!(right.is_some_and(|right| right >= 90), "{text}");
+}
+
 /// Ranks that are threads of one process print what one thread does.
 #[test]
 fn the_example_of_ranks_on_threads() {

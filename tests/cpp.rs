@@ -113,6 +113,25 @@ fn the_example_trains_is_stopped_and_resumes() {
     }
 }
 
+/// A game that is trained in what frames leave of their time goes on, and learns.
+#[test]
+fn the_example_of_a_game_loop() {
+    let source = root().join("examples/cpp/game_loop.cpp");
+    let text = fs::read_to_string(&source).expect("the file can be read");
+    assert!(text.lines().count() < 150, "the example is to be read in one go");
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let compiler = Compiler { command: "g++", standard: "-std=c++17", flags: &[] };
+    let program = compiler.program(std::slice::from_ref(&source), dir.path());
+    let text = succeed_quietly(Command::new(program).current_dir(dir.path()));
+    println!("{text}");
+    let losses: Vec<f32> = text
+        .lines()
+        .filter_map(|line| line.split("loss ").nth(1)?.parse().ok())
+        .collect();
+    // How many batches fit depends on what else the machine does.
+    assert!(losses.len() == 4 && losses[3] <= losses[0] && text.contains("240 frames"), "{text}");
+}
+
 fn run_all(command: &str, standard: &str, flags: &[&str]) {
     for program in ALL {
         let dir = tempfile::tempdir().expect("a temporary folder");

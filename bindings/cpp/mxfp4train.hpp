@@ -121,6 +121,19 @@ class view {
   std::size_t size_ = 0;
 };
 
+// Some rows of a batch on their way through a loss of the host's.
+struct LogitRows {
+  view<float> logits;  // (rows, vocab_size): to be replaced by gradients of each row's loss
+  view<float> losses;  // (rows): to be written
+  std::size_t first;   // number of the first row: position t of sequence b is b * length + t
+  std::size_t vocab_size;
+
+  // The logits of one of them, from 0 on.
+  view<float> row(std::size_t index) const {
+    return {logits.data() + index * vocab_size, vocab_size};
+  }
+};
+
 #ifdef MXT_NO_EXCEPTIONS
 
 // A value, or why there is none. To take the value of a failure ends the program: ask first.
@@ -282,6 +295,20 @@ std::int32_t on_step(void *user_data, const mxt_step_stats *step, const mxt_eval
 }
 
 template <class Callback>
+std::int32_t on_logits(void *user_data, const mxt_logits *of) {
+  const Flow flow = guarded([&]() -> Flow {
+    const auto rows = static_cast<std::size_t>(of->rows);
+    const auto vocab_size = static_cast<std::size_t>(of->vocab_size);
+    const LogitRows logits{{of->logits, rows * vocab_size},
+                           {of->losses, rows},
+                           static_cast<std::size_t>(of->first_row),
+                           vocab_size};
+    return invoke(*static_cast<Callback *>(user_data), logits);
+  });
+  return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+}
+
+template <class Callback>
 std::int32_t on_token(void *user_data, std::uint32_t token) {
   const Flow flow =
       guarded([&]() -> Flow { return invoke(*static_cast<Callback *>(user_data), token); });
@@ -327,6 +354,8 @@ struct defaults : C {
 using EngineOptions = detail::defaults<mxt_engine_options, mxt_engine_options_init>;
 // Ranks that train together, by functions of C: put its address into EngineOptions::group.
 using Group = detail::defaults<mxt_group, mxt_group_init>;
+// What a trainer learns from in one go, for pointers of C.
+using Batch = detail::defaults<mxt_batch, mxt_batch_init>;
 using ModelConfig = detail::defaults<mxt_model_config, mxt_model_config_init>;
 using TrainerOptions = detail::defaults<mxt_trainer_options, mxt_trainer_options_init>;
 using DatasetOptions = detail::defaults<mxt_dataset_options, mxt_dataset_options_init>;
@@ -793,6 +822,67 @@ class Trainer {
     auto stats = detail::sized<StepStats>();
     const mxt_status status = mxt_trainer_step_tokens(get(), tokens.data(), tokens.size(), &stats);
     return detail::finish(status, stats);
+  }
+
+  // Adds the gradients of a batch to those that wait for an update.
+  outcome<void> forward_backward(const Batch &batch) {
+    return detail::finish(mxt_trainer_forward_backward(get(), &batch));
+  }
+
+  // The same of batch_size * sequence_length tokens and targets, each maybe MXT_IGNORED, and
+  // weights, or none.
+  outcome<void> forward_backward(view<const std::uint32_t> tokens,
+                                 view<const std::uint32_t> targets,
+                                 view<const float> weights = {}) {
+    Batch batch;
+    batch.tokens = tokens.data();
+    batch.targets = targets.data();
+    batch.weights = weights.empty() ? nullptr : weights.data();
+    // Where one of them has another length, that is the one to complain about.
+    batch.count = tokens.size();
+    if (targets.size() != tokens.size()) batch.count = targets.size();
+    if (!weights.empty() && weights.size() != tokens.size()) batch.count = weights.size();
+    return forward_backward(batch);
+  }
+
+  // The same with `loss(const LogitRows &)` in place of cross-entropy: it writes losses, and puts
+  // their gradients where the logits are. It must not use this trainer.
+  template <class Loss>
+  outcome<void> forward_backward(Batch batch, Loss loss) {
+    batch.loss = detail::on_logits<Loss>;
+    batch.user_data = std::addressof(loss);
+    return forward_backward(batch);
+  }
+
+  // One optimizer step by the gradients of all batches since the last one.
+  outcome<StepStats> update() {
+    auto stats = detail::sized<StepStats>();
+    const mxt_status status = mxt_trainer_update(get(), &stats);
+    return detail::finish(status, stats);
+  }
+
+  // Drops the gradients that wait for an update.
+  outcome<void> zero_gradients() { return detail::finish(mxt_trainer_zero_gradients(get())); }
+
+  // Multiplies the gradients that wait, all of them or that of a tensor.
+  outcome<void> scale_gradients(float factor) {
+    return detail::finish(mxt_trainer_scale_gradients(get(), nullptr, factor));
+  }
+  outcome<void> scale_gradients(const std::string &tensor, float factor) {
+    return detail::finish(mxt_trainer_scale_gradients(get(), tensor.c_str(), factor));
+  }
+
+  // Copies the gradient of a tensor into `values`, row-major, which must have room for exactly its
+  // elements: that of the last step, or that which waits for an update.
+  outcome<void> read_gradient(const std::string &tensor, view<float> values) {
+    return detail::finish(
+        mxt_trainer_read_gradient(get(), tensor.c_str(), values.data(), values.size()));
+  }
+
+  // Overwrites the gradient of a tensor that waits for an update; without any, all others are 0.
+  outcome<void> write_gradient(const std::string &tensor, view<const float> values) {
+    return detail::finish(
+        mxt_trainer_write_gradient(get(), tensor.c_str(), values.data(), values.size()));
   }
 
   // The mean loss over at most `max_batches` batches; 0 takes all of the dataset.

@@ -238,6 +238,79 @@ void freed_and_stopped_from_elsewhere() {
 
 }  // namespace
 
+// A loss of the host's, which may throw: then nothing waits any more.
+void losses(Fixture &it) {
+  std::vector<std::uint32_t> tokens(32), targets(32);
+  for (std::uint32_t i = 0; i < 32; i++)
+    tokens[i] = i * i % 29, targets[i] = (i + 1) * (i + 1) % 29;
+  mxt::Batch batch;
+  batch.count = 32, batch.tokens = tokens.data();
+  std::size_t seen = 0;
+  const std::uint64_t before = it.trainer.steps_done();
+  // The squares of logits: they are to become small.
+  const auto squares = [&](const mxt::LogitRows &of) {
+    CHECK(of.first == seen && of.vocab_size == 32 && of.logits.size() == 32 * of.losses.size());
+    for (std::size_t row = 0; row < of.losses.size(); row++) {
+      float loss = 0.0f;
+      for (float &y : of.row(row)) loss += y * y, y *= 2.0f;
+      of.losses[row] = loss;
+    }
+    seen += of.losses.size();
+  };
+  float first = 0.0f, last = 0.0f;
+  for (int i = 0; i < 10; i++) {
+    seen = 0;
+    it.trainer.forward_backward(batch, squares);
+    CHECK(seen == 32);
+    last = it.trainer.update().loss;
+    if (i == 0) first = last;
+  }
+  CHECK(last < 0.9f * first && it.trainer.steps_done() == before + 10);
+
+  it.trainer.forward_backward(tokens, targets);
+  int caught = 0;
+  try {
+    it.trainer.forward_backward(batch, [](const mxt::LogitRows &) { throw Enough{5}; });
+  } catch (const Enough &enough) {
+    caught = enough.step;
+  }
+  CHECK(caught == 5);
+  mxt_status status = MXT_OK;
+  try {
+    it.trainer.update();
+  } catch (const mxt::error &error) {
+    status = error.status();
+  }
+  CHECK(status == MXT_ERROR_INVALID_ARGUMENT);
+  try {
+    it.trainer.forward_backward(batch, [](const mxt::LogitRows &) { return mxt::Flow::stop; });
+  } catch (const mxt::error &error) {
+    status = error.status();
+  }
+  CHECK(status == MXT_STOPPED);
+
+  // Gradients, and lengths that do not fit.
+  std::vector<float> weights(32, 1.0f), bias(16), doubled(16);
+  it.trainer.forward_backward(tokens, targets, weights);
+  it.trainer.read_gradient("transformer.ln_f.bias", bias);
+  it.trainer.scale_gradients(4.0f);
+  it.trainer.scale_gradients("transformer.ln_f.bias", 0.5f);
+  it.trainer.read_gradient("transformer.ln_f.bias", doubled);
+  CHECK(doubled[3] == 2.0f * bias[3] && bias[3] != 0.0f);
+  it.trainer.write_gradient("transformer.ln_f.bias", bias);
+  it.trainer.read_gradient("transformer.ln_f.bias", doubled);
+  CHECK(doubled == bias);
+  it.trainer.zero_gradients();
+  weights.pop_back();
+  std::string what;
+  try {
+    it.trainer.forward_backward(tokens, targets, weights);
+  } catch (const mxt::error &error) {
+    what = error.what();
+  }
+  CHECK(what.find("got 31") != std::string::npos);
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 2);
   Fixture it;
@@ -245,6 +318,7 @@ int main(int argc, char **argv) {
   exceptions_of_a_run(it, std::string(argv[1]) + "/run");
   exceptions_from_within(it);
   tokens(it);
+  losses(it);
   log_lines();
   log_is_destroyed_once();
   freed_and_stopped_from_elsewhere();
