@@ -124,10 +124,8 @@ fn the_example_of_a_game_loop() {
     let program = compiler.program(std::slice::from_ref(&source), dir.path());
     let text = succeed_quietly(Command::new(program).current_dir(dir.path()));
     println!("{text}");
-    let losses: Vec<f32> = text
-        .lines()
-        .filter_map(|line| line.split("loss ").nth(1)?.parse().ok())
-        .collect();
+    let losses: Vec<f32> =
+        text.lines().filter_map(|line| line.split("loss ").nth(1)?.parse().ok()).collect();
     // How many batches fit depends on what else the machine does.
     assert!(losses.len() == 4 && losses[3] <= losses[0] && text.contains("240 frames"), "{text}");
 }

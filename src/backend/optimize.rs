@@ -221,11 +221,12 @@ pub trait Optimize: Memory {
         step: &OptimizerStep,
         found: &mut (dyn FnMut(UpdateSums) + Send),
     ) -> Result<()>;
-    /// The sum of the first `rows` losses, of an evaluation. Waits for the device.
+    /// The sum of the first `rows` losses, each times its weight where they have any, of an
+    /// evaluation. Waits for the device.
     fn sum_losses(
         &self,
         reduction: &mut Self::Reduction,
-        losses: &Self::F32,
+        losses: (&Self::F32, Option<&Self::F32>),
         rows: usize,
     ) -> Result<f64>;
 }

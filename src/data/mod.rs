@@ -11,6 +11,7 @@
 
 mod coverage;
 mod file;
+mod host;
 mod layout;
 mod look;
 mod magic;
@@ -31,6 +32,8 @@ pub use coverage::Coverage;
 pub use file::{DatasetFile, TokenFormat, TokenType};
 
 use file::{TokenFile, owned};
+use host::HostWindows;
+pub(crate) use host::Window;
 use look::WHOLE;
 use order::Permutation;
 use scan::Scan;
@@ -38,7 +41,7 @@ use scan::Scan;
 use crate::reserve::zeros;
 use crate::{Error, Result, reserve};
 
-/// Tokens to train on: one or several files, mapped into memory, or a host's own tokens. Cheap to
+/// Tokens to train on: one or several files, mapped into memory, or a host's own. Cheap to
 /// clone: clones share the maps.
 ///
 /// All tokens are checked against a model's vocabulary before its first step or evaluation. Where
@@ -50,6 +53,8 @@ pub struct Dataset(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     files: Arc<Vec<TokenFile>>,
+    /// In place of files.
+    host: Option<HostWindows>,
     scan: Scan,
     /// The sequence length whose windows the host knows to leave files out or not; 0 before.
     told_of: AtomicU64,
@@ -160,9 +165,37 @@ impl Dataset {
         Ok(Self::of(vec![TokenFile::from_tokens(tokens)?]))
     }
 
+    /// A dataset of `count` windows that `fill(number, tokens, weights)` writes, from number 0 on, each
+    /// time that one is wanted: T + 1 tokens, T of them inputs and each the target of the one before it,
+    /// and a weight for each target, which is 1 before: 0 for what is not to be learned, as a prompt or
+    /// padding. T is the trainer's sequence length. A loss is then the weighted sum over the sum of
+    /// weights of its step or evaluation.
+    ///
+    /// Each epoch of training asks for all windows once, in an order of its own; an evaluation for some
+    /// spread evenly, in their order. The same number has to give the same window whenever it is asked
+    /// for: then a run that is resumed goes on bit for bit. `fill` runs on the thread of the call that
+    /// needs the window, on several at once where several trainers use the dataset. Its error ends
+    /// that call; it must not use the trainer that the call is of, or its model. Nothing is known of
+    /// the tokens but what `fill` writes: [`Dataset::read`] and the like are [`Error::Unsupported`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a count of 0.
+    pub fn from_windows(
+        count: u64,
+        fill: impl Fn(u64, &mut [u32], &mut [f32]) -> Result<()> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let host = HostWindows::new(count, Box::new(fill))?;
+        Ok(Self::with(Vec::new(), Some(host)))
+    }
+
     fn of(files: Vec<TokenFile>) -> Self {
+        Self::with(files, None)
+    }
+
+    fn with(files: Vec<TokenFile>, host: Option<HostWindows>) -> Self {
         Self(Arc::new(Inner {
             files: Arc::new(files),
+            host,
             scan: Scan::new(),
             told_of: AtomicU64::new(0),
             ends: OnceLock::new(),
@@ -170,7 +203,17 @@ impl Dataset {
         }))
     }
 
-    /// Tokens of all files.
+    /// Whether targets have weights.
+    pub(crate) fn is_weighted(&self) -> bool {
+        self.0.host.is_some()
+    }
+
+    /// An error where the host fills windows.
+    fn check_has_tokens(&self) -> Result<()> {
+        if self.0.host.is_some() { Err(HostWindows::no_tokens()) } else { Ok(()) }
+    }
+
+    /// Tokens of all files; 0 where the host fills windows.
     pub fn token_count(&self) -> u64 {
         self.sources().iter().map(|file| file.info.tokens).sum()
     }
@@ -181,6 +224,9 @@ impl Dataset {
     /// As [`Dataset::read`].
     pub(crate) fn checksum(&self) -> Result<u32> {
         const FIRST: u64 = 1 << 16;
+        if let Some(HostWindows { count, .. }) = &self.0.host {
+            return Ok(crc32fast::hash(&count.to_le_bytes()));
+        }
         if let Some(checksum) = self.0.checksum.get() {
             return Ok(*checksum);
         }
@@ -201,6 +247,7 @@ impl Dataset {
     /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token; [`Error::Io`]
     /// where a file has become shorter or its disk fails.
     pub fn max_token(&self) -> Result<u32> {
+        self.check_has_tokens()?;
         self.0.scan.largest(&self.0.files)
     }
 
@@ -235,7 +282,14 @@ impl Dataset {
     /// this was asked before for its length: whoever asks knows.
     pub fn coverage(&self, sequence_length: usize) -> Coverage {
         self.0.told_of.store(sequence_length as u64, Ordering::Relaxed);
-        Coverage::of(self.sources().iter().map(|file| file.info.tokens), sequence_length)
+        let coverage =
+            Coverage::of(self.sources().iter().map(|file| file.info.tokens), sequence_length);
+        match &self.0.host {
+            None => coverage,
+            Some(HostWindows { count: windows, .. }) => {
+                Coverage { windows: *windows, shortest: 0, ..coverage }
+            }
+        }
     }
 
     /// What a user should be told of files that training with this length leaves out, once.
@@ -257,6 +311,7 @@ impl Dataset {
     /// [`Error::InvalidArgument`] where the dataset ends before; `tokens` is then unchanged.
     /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token; [`Error::Io`].
     pub fn read(&self, first: u64, tokens: &mut [u32]) -> Result<()> {
+        self.check_has_tokens()?;
         let (count, total) = (tokens.len(), self.token_count());
         if first.checked_add(count as u64).is_none_or(|end| end > total) {
             let message = format!(
@@ -289,6 +344,9 @@ impl Dataset {
         if t == 0 {
             return Err(Error::invalid("sequence_length", "expected at least 1, got 0"));
         }
+        if let Some(HostWindows { count, .. }) = self.0.host {
+            return Ok(count);
+        }
         let windows = match self.0.ends.get() {
             Some(ends) if ends.length == t => ends.windows.last().copied().unwrap_or(0),
             _ => self.sources().iter().map(|file| windows_of(file.info.tokens, t)).sum(),
@@ -314,7 +372,7 @@ impl Dataset {
         Ok(windows)
     }
 
-    /// Fills `out` (T + 1 tokens) with training window `number`: 0, 1, 2... over the whole run;
+    /// Fills `out` with training window `number`: 0, 1, 2... over the whole run;
     /// epochs follow each other. The same arguments give the same tokens, always.
     ///
     /// # Errors
@@ -325,16 +383,19 @@ impl Dataset {
         seed: u64,
         number: u64,
         vocab_size: usize,
-        out: &mut [u32],
+        out: Window<'_>,
     ) -> Result<()> {
-        let t = out.len().saturating_sub(1) as u64;
+        let t = out.tokens.len().saturating_sub(1) as u64;
         let windows = self.windows(t as usize)?;
         let (epoch, position) = (number / windows, number % windows);
         let window = Permutation::new(seed, epoch, windows).apply(position);
+        if let Some(host) = &self.0.host {
+            return host.read(window, vocab_size, out);
+        }
         let (index, window) = self.locate(window, t);
         let file = &self.sources()[index];
         let phase = order::phase(seed, epoch, index, last_phase(file.info.tokens, t));
-        file.copy(phase + window * t, vocab_size, out)
+        file.copy(phase + window * t, vocab_size, out.tokens)
     }
 
     /// The same of windows that the optimizer looks at besides those that a run trains on, in an
@@ -347,7 +408,7 @@ impl Dataset {
         seed: u64,
         number: u64,
         vocab_size: usize,
-        out: &mut [u32],
+        out: Window<'_>,
     ) -> Result<()> {
         self.training_window(order::side_seed(seed), number, vocab_size, out)
     }
@@ -360,7 +421,7 @@ impl Dataset {
         let t = sequence_length as u64;
         let is_long = self.sources().iter().any(|file| file.info.tokens > t);
         let pairs = self.sources().iter().filter(|file| file.info.tokens > 1).count() as u64;
-        if is_long || pairs == 0 || t == 0 {
+        if is_long || pairs == 0 || t == 0 || self.0.host.is_some() {
             let total = self.windows(sequence_length)?;
             return Ok(EvalWindows { data: self, length: t, total, are_short: false });
         }
@@ -413,6 +474,11 @@ pub(crate) struct EvalWindows<'a> {
 }
 
 impl EvalWindows<'_> {
+    /// Whether targets have weights.
+    pub(crate) fn are_weighted(&self) -> bool {
+        self.data.is_weighted()
+    }
+
     /// How many there are.
     pub(crate) fn total(&self) -> u64 {
         self.total
@@ -425,8 +491,8 @@ impl EvalWindows<'_> {
     /// [`Error::InvalidArgument`] for a `count` or `index` out of range.
     pub(crate) fn length(&self, index: u64, count: u64) -> Result<usize> {
         let (file, _) = self.place(index, count)?;
-        let whole = self.data.sources()[file].info.tokens - 1;
-        Ok(if self.are_short { whole } else { self.length } as usize)
+        let whole = || self.data.sources()[file].info.tokens - 1;
+        Ok(if self.are_short { whole() } else { self.length } as usize)
     }
 
     /// Fills `out`, which has room for one token more than [`EvalWindows::length`] says.
@@ -439,13 +505,16 @@ impl EvalWindows<'_> {
         index: u64,
         count: u64,
         vocab_size: usize,
-        out: &mut [u32],
+        out: Window<'_>,
     ) -> Result<()> {
         let (file, first) = self.place(index, count)?;
-        self.data.sources()[file].copy(first, vocab_size, out)
+        match &self.data.0.host {
+            Some(host) => host.read(first, vocab_size, out),
+            None => self.data.sources()[file].copy(first, vocab_size, out.tokens),
+        }
     }
 
-    /// File of a window, and its first token.
+    /// File of a window, and its first token; of the host's its number.
     fn place(&self, index: u64, count: u64) -> Result<(usize, u64)> {
         if count > self.total || index >= count {
             let message =
@@ -453,6 +522,9 @@ impl EvalWindows<'_> {
             return Err(Error::invalid("evaluation window", message));
         }
         let window = (u128::from(index) * u128::from(self.total) / u128::from(count)) as u64;
+        if self.data.0.host.is_some() {
+            return Ok((0, window));
+        }
         if !self.are_short {
             let (file, window) = self.data.locate(window, self.length);
             return Ok((file, window * self.length));

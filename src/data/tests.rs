@@ -12,9 +12,14 @@ fn dataset(lengths: &[u64]) -> Dataset {
     Dataset::of(lengths.iter().enumerate().map(file).collect::<Vec<_>>())
 }
 
+/// Without weights.
+fn plain(tokens: &mut [u32]) -> Window<'_> {
+    Window { tokens, weights: &mut [] }
+}
+
 fn window(data: &Dataset, seed: u64, number: u64, t: usize) -> Vec<u32> {
     let mut out = vec![0; t + 1];
-    data.training_window(seed, number, usize::MAX, &mut out).unwrap();
+    data.training_window(seed, number, usize::MAX, plain(&mut out)).unwrap();
     out
 }
 
@@ -68,7 +73,7 @@ proptest! {
         let mut last = None;
         for index in 0..count {
             prop_assert_eq!(evaluated.length(index, count).unwrap(), t);
-            evaluated.read(index, count, usize::MAX, &mut out).unwrap();
+            evaluated.read(index, count, usize::MAX, plain(&mut out)).unwrap();
             prop_assert!(out.windows(2).all(|pair| pair[0] + 1 == pair[1]));
             prop_assert!(last < Some(out[0]));
             last = Some(out[0]);
@@ -113,7 +118,7 @@ fn a_short_dataset_says_how_many_tokens_are_missing() {
     assert!(message.starts_with("sequence_length: "), "{message}");
     assert!(message.contains("17 tokens") && message.contains("has 16 (28 in all)"), "{message}");
     assert!(data.windows(0).is_err() && data.windows(usize::MAX).is_err());
-    assert!(data.training_window(0, 0, 1, &mut []).is_err());
+    assert!(data.training_window(0, 0, 1, plain(&mut [])).is_err());
     assert_eq!(data.windows(15).unwrap(), 1);
 }
 
@@ -124,14 +129,14 @@ fn a_token_outside_the_vocabulary_is_named() {
     let data = Dataset::from_tokens(tokens).unwrap();
     assert_eq!(data.max_token().unwrap(), 300);
     let mut out = [0; 64];
-    let error = data.eval_windows(63).unwrap().read(0, 1, 256, &mut out).unwrap_err();
+    let error = data.eval_windows(63).unwrap().read(0, 1, 256, plain(&mut out)).unwrap_err();
     assert!(matches!(
         &error,
         Error::TokenRange { source_name, offset: 40, token: 300, vocab_size: 256 }
             if source_name == "<memory>"
     ));
-    assert!(data.training_window(0, 0, 256, &mut out).is_err());
-    data.training_window(0, 0, 301, &mut out).unwrap();
+    assert!(data.training_window(0, 0, 256, plain(&mut out)).is_err());
+    data.training_window(0, 0, 301, plain(&mut out)).unwrap();
 }
 
 #[test]
@@ -141,7 +146,7 @@ fn evaluation_asks_for_no_more_than_there_is() {
     let evaluated = data.eval_windows(10).unwrap();
     let windows = evaluated.total();
     for (index, count) in [(0, 0), (windows, windows), (0, windows + 1)] {
-        let error = evaluated.read(index, count, usize::MAX, &mut out).unwrap_err();
+        let error = evaluated.read(index, count, usize::MAX, plain(&mut out)).unwrap_err();
         assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
     }
 }

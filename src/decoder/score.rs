@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::Decoder;
 use super::cached::By;
-use crate::data::Dataset;
+use crate::data::{Dataset, Window};
 use crate::reserve::zeros;
 use crate::{Error, Result};
 
@@ -54,25 +54,32 @@ impl Decoder {
         let what = "a window and its logits";
         let mut window = zeros(what, sequence_length + 1)?;
         let mut logits = zeros(what, ROWS.min(sequence_length) * vocab_size)?;
-        let (mut sum, mut tokens) = (0.0, 0);
+        let mut weights: Vec<f32> = zeros(what, sequence_length)?;
+        let (mut sum, mut divisor, mut tokens) = (0.0, 0.0, 0);
         for index in 0..count {
             let length = windows.length(index, count)?;
-            let window = &mut window[..=length];
-            windows.read(index, count, vocab_size, window)?;
+            let (window, weights) = (&mut window[..=length], &mut weights[..length]);
+            weights.fill(1.0);
+            windows.read(index, count, vocab_size, Window { tokens: window, weights })?;
             self.rewind(0, 0)?;
             let (inputs, targets) = (&window[..length], &window[1..]);
-            for (inputs, targets) in inputs.chunks(ROWS).zip(targets.chunks(ROWS)) {
+            let targets = targets.chunks(ROWS).zip(weights.chunks(ROWS));
+            for (inputs, (targets, weights)) in inputs.chunks(ROWS).zip(targets) {
                 let (first, logits) =
                     (self.tokens(0).len(), &mut logits[..inputs.len() * vocab_size]);
                 self.push(0, inputs)?;
                 self.compute((0, By::Own), first, logits)?;
-                let rows = logits.chunks_exact(vocab_size).zip(targets);
-                sum += rows.map(|(logits, target)| loss_of(logits, *target)).sum::<f64>();
+                let rows = logits.chunks_exact(vocab_size).zip(targets).zip(weights);
+                let losses = rows.map(|((logits, target), weight)| {
+                    f64::from(*weight) * loss_of(logits, *target)
+                });
+                sum += losses.sum::<f64>();
             }
-            tokens += length as u64;
+            divisor += weights.iter().map(|weight| f64::from(*weight)).sum::<f64>();
+            tokens += weights.iter().filter(|weight| **weight != 0.0).count() as u64;
         }
         self.rewind(0, 0)?;
-        let loss = (sum / tokens as f64) as f32;
+        let loss = (sum / divisor) as f32;
         Ok(Score { loss, tokens, seconds: begun.elapsed().as_secs_f64() })
     }
 }

@@ -2,6 +2,7 @@
 
 use super::parts::{Given, IGNORED};
 use crate::backend::{Backend, Sequences};
+use crate::data::Window;
 use crate::reserve::zeros;
 use crate::{Error, Result};
 
@@ -20,16 +21,14 @@ pub(super) struct BatchBuffers<B: Backend> {
     /// Of the batch last filled.
     sequences: Sequences,
     filled: Filled,
+    weighted: bool,
 }
 
-/// What the host has filled last.
+/// What is on the host.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Filled {
     Windows,
-    /// With or without weights.
-    Given {
-        weighted: bool,
-    },
+    Given,
 }
 
 impl<B: Backend> BatchBuffers<B> {
@@ -52,18 +51,32 @@ impl<B: Backend> BatchBuffers<B> {
             given_weights: zeros(WHAT, here(rows))?,
             sequences,
             filled: Filled::Windows,
+            weighted: false,
         })
     }
 
-    /// Takes the windows that `window(row, out)` writes.
+    /// Takes the windows that `window(row, out)` writes, with weights where they are `weighted`; tells
+    /// their sum, and how many are not 0.
     pub(super) fn fill(
         &mut self,
         sequences: Sequences,
-        mut window: impl FnMut(usize, &mut [u32]) -> Result<()>,
-    ) -> Result<()> {
-        (self.sequences, self.filled) = (sequences, Filled::Windows);
-        let rows = self.windows.chunks_exact_mut(sequences.length + 1).take(sequences.batch);
-        rows.enumerate().try_for_each(|(row, to)| window(row, to))
+        weighted: bool,
+        mut window: impl FnMut(usize, Window<'_>) -> Result<()>,
+    ) -> Result<Weighed> {
+        (self.sequences, self.filled, self.weighted) = (sequences, Filled::Windows, weighted);
+        let (t, rows) = (sequences.length, sequences.rows());
+        let windows = self.windows.chunks_exact_mut(t + 1).take(sequences.batch).enumerate();
+        if !weighted {
+            for (row, tokens) in windows {
+                window(row, Window { tokens, weights: &mut [] })?;
+            }
+            return Ok(Weighed { sum: rows as f64, targets: rows as u64 });
+        }
+        let weights = self.given_weights.chunks_exact_mut(t);
+        for ((row, tokens), weights) in windows.zip(weights) {
+            window(row, Window { tokens, weights })?;
+        }
+        Ok(Weighed::of(&self.given_weights[..rows]))
     }
 
     /// Takes what the host gives, and tells the sum of its weights.
@@ -101,13 +114,13 @@ impl<B: Backend> BatchBuffers<B> {
             weighted = true;
             *weight = 0.0;
         }
-        (self.sequences, self.filled) = (sequences, Filled::Given { weighted });
-        Ok(weights.iter().map(|weight| f64::from(*weight)).sum())
+        (self.sequences, self.filled, self.weighted) = (sequences, Filled::Given, weighted);
+        Ok(Weighed::of(weights).sum)
     }
 
     /// Whether losses have weights.
     pub(super) fn is_weighted(&self) -> bool {
-        self.filled == Filled::Given { weighted: true }
+        self.weighted
     }
 
     /// Whether the host has given row `row` no target.
@@ -118,26 +131,46 @@ impl<B: Backend> BatchBuffers<B> {
     pub(super) fn upload(&mut self, backend: &B) -> Result<()> {
         let Self { tokens, targets, windows, sequences, .. } = self;
         let (t, rows) = (sequences.length, sequences.rows());
-        let Filled::Given { weighted } = self.filled else {
-            for (to, first) in [(tokens, 0), (targets, 1)] {
-                backend.write_tokens(to, rows, |to| {
-                    for (to, window) in to.chunks_exact_mut(t).zip(windows.chunks_exact(t + 1)) {
-                        to.copy_from_slice(&window[first..][..t]);
-                    }
+        match self.filled {
+            Filled::Windows => {
+                for (to, first) in [(tokens, 0), (targets, 1)] {
+                    backend.write_tokens(to, rows, |to| {
+                        let windows = windows.chunks_exact(t + 1);
+                        for (to, window) in to.chunks_exact_mut(t).zip(windows) {
+                            to.copy_from_slice(&window[first..][..t]);
+                        }
+                    });
+                }
+            }
+            Filled::Given => {
+                backend.write_tokens(tokens, rows, |to| to.copy_from_slice(&windows[..rows]));
+                backend.write_tokens(targets, rows, |to| {
+                    // Whatever is no target has no weight.
+                    let given = self.given.iter().map(|t| if *t == IGNORED { 0 } else { *t });
+                    to.iter_mut().zip(given).for_each(|(to, target)| *to = target);
                 });
             }
-            return Ok(());
-        };
-        backend.write_tokens(tokens, rows, |to| to.copy_from_slice(&windows[..rows]));
-        backend.write_tokens(targets, rows, |to| {
-            // Whatever is no target has no weight.
-            let given = self.given.iter().map(|t| if *t == IGNORED { 0 } else { *t });
-            to.iter_mut().zip(given).for_each(|(to, target)| *to = target);
-        });
-        match weighted {
+        }
+        match self.weighted {
             true => backend.write_f32(&mut self.weights, 0, &self.given_weights[..rows]),
             false => Ok(()),
         }
+    }
+}
+
+/// Weights of targets.
+#[derive(Clone, Copy)]
+pub(super) struct Weighed {
+    pub(super) sum: f64,
+    /// Those with a weight that is not 0.
+    pub(super) targets: u64,
+}
+
+impl Weighed {
+    fn of(weights: &[f32]) -> Self {
+        let sum = weights.iter().map(|weight| f64::from(*weight)).sum();
+        let targets = weights.iter().filter(|weight| **weight != 0.0).count() as u64;
+        Self { sum, targets }
     }
 }
 

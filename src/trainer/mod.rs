@@ -33,7 +33,7 @@ use crate::backend::{
 use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
 use crate::comm::wire::Drawn;
 use crate::comm::{Call, Counts, Data, Ranks};
-use crate::data::EvalWindows;
+use crate::data::{EvalWindows, Window};
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Scales, Shapes};
 use crate::model::{Model, OnDevice, Weights};
@@ -45,7 +45,7 @@ use crate::optim::{
 use crate::reserve::{collect, reserve, zeros};
 use crate::run::{TrainerOptions, TrainerState};
 use crate::{Dataset, Engine, Error, Result};
-use batch::BatchBuffers;
+use batch::{BatchBuffers, Weighed};
 pub use carriers::{Carried, carriers, emulation};
 use follow::Done;
 use memory::{Buffers, Flat};
@@ -124,12 +124,12 @@ impl StopHandle {
     }
 }
 
-/// Writes the T + 1 tokens of (step aside, micro-step, row): None is the step itself, others are
-/// those that ramping makes before it.
-type FillWindow<'a> = dyn FnMut(Option<u64>, usize, usize, &mut [u32]) -> Result<()> + 'a;
+/// Writes the window of (step aside, micro-step, row): None is the step itself, others are those that
+/// ramping makes before it.
+type FillWindow<'a> = dyn FnMut(Option<u64>, usize, usize, Window<'_>) -> Result<()> + 'a;
 
-/// Writes the T + 1 tokens of (micro-step, row) of one of them.
-type FillStep<'a> = dyn FnMut(usize, usize, &mut [u32]) -> Result<()> + 'a;
+/// Writes the window of (micro-step, row) of one of them.
+type FillStep<'a> = dyn FnMut(usize, usize, Window<'_>) -> Result<()> + 'a;
 
 /// Trains a model: its gradients, what its optimizer keeps, and its place in the run.
 pub struct Trainer {
@@ -147,10 +147,18 @@ pub struct Trainer {
 
 /// Where the gradients of a step come from.
 enum Gradients<'a, 'b> {
-    /// Micro-steps on these windows.
-    Of(&'a mut FillWindow<'b>),
+    /// Micro-steps on these windows, with weights or without.
+    Of { fill: &'a mut FillWindow<'b>, weighted: bool },
     /// They are there, with losses that are divided by this.
     Made(f64),
+}
+
+/// What all ranks have of the gradients of a step.
+struct OfAll {
+    /// What losses are divided by.
+    divisor: f64,
+    /// What scales they raised; None of one that is alone.
+    raised_blocks: Option<u64>,
 }
 
 /// What became of a step.
@@ -376,11 +384,12 @@ impl Trainer {
             let micro_steps = step.wrapping_mul(accumulation).wrapping_add(micro_step as u64);
             micro_steps.wrapping_mul(batch).wrapping_add(row as u64)
         };
-        let mut fill = |aside, micro_step, row, window: &mut [u32]| match aside {
+        let mut fill = |aside, micro_step, row, window: Window<'_>| match aside {
             None => data.training_window(seed, number(step, micro_step, row), vocab_size, window),
             Some(of) => data.side_window(seed, number(of, micro_step, row), vocab_size, window),
         };
-        self.optimizer_step(ready, Some(data_of), stops, Gradients::Of(&mut fill))
+        let gradients = Gradients::Of { fill: &mut fill, weighted: data.is_weighted() };
+        self.optimizer_step(ready, Some(data_of), stops, gradients)
     }
 
     /// One optimizer step on the host's own tokens: (accumulation B, T + 1), row-major; each row's
@@ -420,10 +429,11 @@ impl Trainer {
             }
         };
         let ready = self.check_given(count, mine.len() * batch_size, &read);
-        let mut fill = |_, micro_step, row, window: &mut [u32]| {
-            read((micro_step - mine.start) * batch_size + row, window)
+        let mut fill = |_, micro_step, row, window: Window<'_>| {
+            read((micro_step - mine.start) * batch_size + row, window.tokens)
         };
-        self.optimizer_step(ready, None, false, Gradients::Of(&mut fill))
+        let gradients = Gradients::Of { fill: &mut fill, weighted: false };
+        self.optimizer_step(ready, None, false, gradients)
     }
 
     /// Whether a step can be done on so many given tokens, of which `read` reads rows.
@@ -452,7 +462,10 @@ impl Trainer {
         if self.model.engine().ranks().is_none() {
             return (Data::default(), Ok(()));
         }
-        let tokens = data.token_count();
+        let tokens = match data.is_weighted() {
+            false => data.token_count(),
+            true => data.coverage(self.state.options.sequence_length).windows,
+        };
         match data.checksum() {
             Ok(checksum) => (Data { tokens, checksum }, Ok(())),
             Err(error) => (Data::default(), Err(error)),
@@ -469,7 +482,7 @@ impl Trainer {
         gradients: Gradients<'_, '_>,
     ) -> Result<StepStats> {
         let ready = ready.and_then(|()| match gradients {
-            Gradients::Of(_) => self.check_nothing_waits(),
+            Gradients::Of { .. } => self.check_nothing_waits(),
             Gradients::Made(_) => Ok(()),
         });
         let started = Instant::now();
@@ -500,15 +513,15 @@ impl Trainer {
                 Gradients::Made(divisor) => {
                     run.gradients_and_update(model, state, bounds, of, Gradients::Made(divisor))
                 }
-                Gradients::Of(fill) => {
-                    let mut fill = |aside, micro_step, row, window: &mut [u32]| {
+                Gradients::Of { fill, weighted } => {
+                    let mut fill = |aside, micro_step, row, window: Window<'_>| {
                         if row == 0 && stops && stop.is_requested() {
                             return Err(Error::Stopped);
                         }
                         fill(aside, micro_step, row, window)
                     };
-                    let fill = Gradients::Of(&mut fill);
-                    run.gradients_and_update(model, state, bounds, of, fill)
+                    let gradients = Gradients::Of { fill: &mut fill, weighted };
+                    run.gradients_and_update(model, state, bounds, of, gradients)
                 }
             }
         });
@@ -572,8 +585,12 @@ impl Trainer {
                 agreed.and_then(|()| ranks.end_if_alone(mine.of_all_ranks(ranks)))
             });
         }
-        let Evaluated { sum, tokens, spared, sharpness, .. } = mine?;
-        let loss = (sum / tokens as f64) as f32;
+        let Evaluated { sum, spared, sharpness, .. } = mine?;
+        let [sum, divisor, tokens] = sum;
+        if data.is_weighted() && !(divisor > 0.0 && divisor.is_finite()) {
+            return Err(bad_divisor(divisor));
+        }
+        let (loss, tokens) = ((sum / divisor) as f32, tokens as u64);
         let seconds = started.elapsed().as_secs_f64();
         Ok(EvalStats { loss, tokens, seconds, spared, sharpness })
     }
@@ -591,19 +608,25 @@ impl Trainer {
         let at_once = if windows.are_short { 1 } else { batch_size };
         let is_dealt = !self.tells_more_than_losses();
         let Self { run, model, stop, .. } = self;
-        let (vocab_size, mut tokens) = (model.config().vocab_size, 0);
+        let vocab_size = model.config().vocab_size;
+        let weighted = windows.are_weighted();
         on_device!(run, run => {
             let (rank, size) = match model.engine().ranks() {
                 Some(ranks) if is_dealt => (ranks.rank() as u64, ranks.size() as u64),
                 _ => (0, 1),
             };
             let batches = count.div_ceil(at_once as u64);
-            let (mut sum, mut losses) = (0.0, Vec::new());
+            let (mut sum, mut losses) = ([0.0; 3], Vec::new());
             let is_dealt = size > 1;
             if is_dealt {
                 reserve(&mut losses, "losses of batches", batches.div_ceil(size) as usize)?;
             }
             run.buffers.merges.iter_mut().for_each(Merges::begin);
+            if weighted && run.sharp.is_some() {
+                let what = "sharpness over windows whose targets have weights".to_owned();
+                let remedy = "evaluate without set_sharpness, or on token files".to_owned();
+                return Err(Error::Unsupported { what, remedy });
+            }
             run.sharp.iter_mut().for_each(Sharp::begin);
             recipe.set_step(&mut run.step_plan, false, (0, 0), step);
             run.step_plan.kept = None;
@@ -617,22 +640,22 @@ impl Trainer {
                 let first = number * at_once as u64;
                 let batch = (count - first).min(at_once as u64) as usize;
                 let sequences = Sequences { batch, length: windows.length(first, count)? };
-                tokens += sequences.rows() as u64;
                 if number % size != rank {
                     continue;
                 }
-                let mut fill = |row, window: &mut [u32]| {
+                let mut fill = |row, window: Window<'_>| {
                     windows.read(first + row as u64, count, vocab_size, window)
                 };
-                let loss = run.sum_of_losses(&weights.all, model, (sequences, seed), &mut fill)?;
+                let of = (sequences, seed, weighted);
+                let found = run.sum_of_losses(&weights.all, model, of, &mut fill)?;
                 match is_dealt {
-                    false => sum += loss,
-                    true => losses.push(loss),
+                    false => sum = added(sum, found),
+                    true => losses.push(found),
                 }
             }
             let spared = run.buffers.merges.as_ref().map(Merges::spared);
             let sharpness = run.sharp.as_ref().map(Sharp::found);
-            Ok(Evaluated { sum, losses, is_dealt, batches, tokens, spared, sharpness })
+            Ok(Evaluated { sum, losses, is_dealt, batches, spared, sharpness })
         })
     }
 
@@ -962,23 +985,24 @@ impl<B: Backend> Run<B> {
             let met = self.buffers.flat.meet(backend, &weights.all, ranks);
             met.inspect_err(|error| ranks.end(&error.to_string()))?;
         }
-        let (fill, divisor) = match gradients {
-            Gradients::Made(divisor) => (None, divisor),
-            Gradients::Of(fill) => {
-                self.begin_period(&mut weights, model, state, (known, step, call), fill)?;
-                (Some(fill), self.own_divisor(state))
+        let drawn = (state.step, step.loss_scale);
+        let all = match gradients {
+            Gradients::Made(divisor) => {
+                self.gradients(&weights, model, (state, call), drawn, &mut |_, _| Ok(divisor))?
+            }
+            Gradients::Of { fill, weighted } => {
+                let of = (&*known, step, call);
+                self.begin_period(&mut weights, model, state, of, (&mut *fill, weighted))?;
+                let mut fill =
+                    |micro_step, row, window: Window<'_>| fill(None, micro_step, row, window);
+                self.gradients(&weights, model, (state, call), drawn, &mut |run, weights| {
+                    run.own_gradients(weights, model, state, drawn, (&mut fill, weighted))
+                })?
             }
         };
-        let mut windows = fill.map(|fill| {
-            move |micro_step, row, window: &mut [u32]| fill(None, micro_step, row, window)
-        });
-        let fill = windows.as_mut().map(|fill| fill as &mut FillStep<'_>);
-        let drawn = (state.step, step.loss_scale);
-        let all = self.gradients(&weights, model, (state, call), (drawn, divisor), fill)?;
-        let (divisor, raised) = all.map_or((divisor, None), |all| (all.divisor, Some(all)));
-        let step = &self.divided(state, step, divisor);
+        let step = &self.divided(state, step, all.divisor);
         let mut sums = self.update(&mut weights, model, known, step, true)?;
-        sums.raised_blocks = raised.map_or(sums.raised_blocks, |all| all.raised_blocks);
+        sums.raised_blocks = all.raised_blocks.unwrap_or(sums.raised_blocks);
         if sums.gradient_scale(step).is_some() {
             let Self { buffers, updates, step_plan, .. } = self;
             if let Some(updates) = updates {
@@ -991,7 +1015,7 @@ impl<B: Backend> Run<B> {
                 weights.largest = Bounds::UNKNOWN.weight;
             }
         }
-        Ok(Updated { sums, step: *step, divisor })
+        Ok(Updated { sums, step: *step, divisor: all.divisor })
     }
 
     /// Forgets recordings of weights that lie elsewhere now.
@@ -999,13 +1023,6 @@ impl<B: Backend> Run<B> {
         if std::mem::replace(&mut self.moves, weights.moves) != weights.moves {
             self.buffers.recordings = self.model.backend.recordings();
         }
-    }
-
-    /// What the losses of this rank's micro-steps are divided by, where each counts once.
-    fn own_divisor(&self, state: &TrainerState) -> f64 {
-        let TrainerOptions { batch_size, sequence_length, .. } = state.options;
-        let micro_steps = self.buffers.flat.exchange.share.all().len();
-        (micro_steps * batch_size * sequence_length) as f64
     }
 
     /// Divides losses and gradients by this, in place of the number of all positions of a step.
@@ -1033,48 +1050,52 @@ impl<B: Backend> Run<B> {
         OptimizerStep { loss_scale: (1.0 / divisor) as f32, ..*step }
     }
 
-    /// Gradients of the mean loss over all micro-steps, of all ranks, whose random numbers are drawn
-    /// for a step; without `fill` they are there. With other ranks, what all of them count.
+    /// Gradients of the loss over all micro-steps, of all ranks, of which `own` makes those of this one
+    /// and tells what their losses are divided by. What is sent to others is rounded by random numbers
+    /// that are drawn for a step.
     fn gradients(
         &mut self,
         weights: &Weights<B>,
         model: &Model,
         (state, call): (&TrainerState, Call),
-        (drawn, divisor): ((u64, f32), f64),
-        fill: Option<&mut FillStep<'_>>,
-    ) -> Result<Option<Counts>> {
-        let mine = match fill {
-            Some(fill) => self.own_gradients(weights, model, state, drawn, fill),
-            None => Ok(()),
+        drawn: (u64, f32),
+        own: &mut dyn FnMut(&mut Self, &Weights<B>) -> Result<f64>,
+    ) -> Result<OfAll> {
+        let mine = own(self, weights);
+        let Some(ranks) = model.engine().ranks() else {
+            return mine.map(|divisor| OfAll { divisor, raised_blocks: None });
         };
-        let Some(ranks) = model.engine().ranks() else { return mine.map(|()| None) };
-        let agreed = ranks.agree(call, mine.as_ref().copied());
-        mine?;
+        let agreed = ranks.agree(call, mine.as_ref().map(drop));
+        let divisor = mine?;
         agreed?;
         let Self { model: on, buffers: Buffers { flat, workspace, .. }, .. } = self;
         let Flat { gradients, reduction, exchange, .. } = flat;
         let by = (ranks, Drawn { seed: state.seed, step: drawn.0 });
         let counts = (&*workspace, reduction);
         let summed = exchange.sum(&*on.backend, counts, gradients, divisor, by);
-        summed.map(Some).inspect_err(|error| ranks.end(&error.to_string()))
+        let Counts { divisor, raised_blocks, .. } =
+            summed.inspect_err(|error| ranks.end(&error.to_string()))?;
+        Ok(OfAll { divisor, raised_blocks: Some(raised_blocks) })
     }
 
     /// What this rank's micro-steps add to the gradients, as one sum, but for what is left to the
-    /// exchange with other ranks. A device may still be at it.
+    /// exchange with other ranks; and what their losses are divided by. A device may still be at it.
     fn own_gradients(
         &mut self,
         weights: &Weights<B>,
         model: &Model,
         state: &TrainerState,
         (drawn_for, scale): (u64, f32),
-        fill: &mut FillStep<'_>,
-    ) -> Result<()> {
+        (fill, weighted): (&mut FillStep<'_>, bool),
+    ) -> Result<f64> {
         let TrainerOptions { batch_size, sequence_length, .. } = state.options;
         let sequences = Sequences { batch: batch_size, length: sequence_length };
-        let share = self.buffers.flat.exchange.share;
+        let (share, mut divisor) = (self.buffers.flat.exchange.share, 0.0);
         for (lane, number) in share.lanes_and_micro_steps() {
             let of_lane = share.micro_steps(lane);
-            self.buffers.batch.fill(sequences, |row, window| fill(number, row, window))?;
+            let batch = &mut self.buffers.batch;
+            divisor +=
+                batch.fill(sequences, weighted, |row, window| fill(number, row, window))?.sum;
             let micro_step = MicroStep {
                 number,
                 lane,
@@ -1085,7 +1106,7 @@ impl<B: Backend> Run<B> {
             let place = Place { seed: state.seed, step: drawn_for, micro_step: number };
             self.micro_step(weights, model, state, (micro_step, place, scale), None)?;
         }
-        Ok(())
+        Ok(divisor)
     }
 
     /// What the batch that is in the buffers adds to the gradients, by cross-entropy or by a loss of the
@@ -1263,20 +1284,20 @@ impl<B: Backend> Run<B> {
         Ok(sums)
     }
 
-    /// The sum of the losses of a batch that `fill(row, window)` writes; projections are drawn by the
-    /// seed.
+    /// The sum of the losses of a batch that `fill(row, window)` writes, what it is divided by, and how
+    /// many targets count; projections are drawn by the seed.
     fn sum_of_losses(
         &mut self,
         weights: &B::Weights,
         model: &Model,
-        (sequences, seed): (Sequences, u64),
-        fill: &mut dyn FnMut(usize, &mut [u32]) -> Result<()>,
-    ) -> Result<f64> {
+        (sequences, seed, weighted): (Sequences, u64, bool),
+        fill: &mut dyn FnMut(usize, Window<'_>) -> Result<()>,
+    ) -> Result<[f64; 3]> {
         let Self { model: on, buffers, sharp, step_plan: plan, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
         let Buffers { flat, activations, batch, merges, workspace, .. } = buffers;
-        batch.fill(sequences, fill)?;
+        let Weighed { sum: divisor, targets } = batch.fill(sequences, weighted, fill)?;
         let sum = backend.scope(|| {
             batch.upload(backend)?;
             let means = flat.followed.means();
@@ -1298,13 +1319,14 @@ impl<B: Backend> Run<B> {
                 None => pass.loss(activations, &batch.targets),
                 Some(sharp) => pass.worst_losses(activations, &batch.targets, sharp.worst_of()),
             }
-            backend.sum_losses(&mut flat.reduction, &activations.losses, sequences.rows())
+            let losses = (&activations.losses, weighted.then_some(&batch.weights));
+            backend.sum_losses(&mut flat.reduction, losses, sequences.rows())
         })?;
         let shapes = Shapes { config, sequences, precision: plan.precision };
         merges.iter_mut().try_for_each(|merges| merges.count(backend, shapes))?;
         let losses = &activations.losses;
         sharp.iter_mut().try_for_each(|sharp| sharp.add(backend, losses, sequences))?;
-        Ok(sum)
+        Ok([sum, divisor, targets as f64])
     }
 }
 
@@ -1331,14 +1353,14 @@ fn schedule_of(state: &TrainerState) -> u32 {
 
 /// What an evaluation found, maybe of some batches only.
 struct Evaluated {
-    /// Of the losses, in the order of the batches.
-    sum: f64,
+    /// Of the losses, in the order of the batches, of what they are divided by, and of the targets that
+    /// count.
+    sum: [f64; 3],
     /// Where batches are dealt, those of this rank, before they are in the sum.
-    losses: Vec<f64>,
+    losses: Vec<[f64; 3]>,
     is_dealt: bool,
     /// In all.
     batches: u64,
-    tokens: u64,
     spared: Option<Spared>,
     sharpness: Option<Sharpness>,
 }
@@ -1352,14 +1374,18 @@ impl Evaluated {
         }
         let (size, batches) = (ranks.size(), self.batches as usize);
         let of_rank = batches.div_ceil(size);
-        self.losses.resize(of_rank, 0.0);
-        let mut all: Vec<f64> = zeros(WHAT, of_rank * size)?;
+        self.losses.resize(of_rank, [0.0; 3]);
+        let mut all: Vec<[f64; 3]> = zeros(WHAT, of_rank * size)?;
         let mine = bytemuck::cast_slice(&self.losses);
         ranks.all_gather(mine, bytemuck::cast_slice_mut(&mut all))?;
         let in_order = (0..batches).map(|number| all[number % size * of_rank + number / size]);
-        self.sum = in_order.fold(0.0, |sum, loss| sum + loss);
+        self.sum = in_order.fold([0.0; 3], added);
         Ok(self)
     }
+}
+
+fn added(a: [f64; 3], b: [f64; 3]) -> [f64; 3] {
+    std::array::from_fn(|i| a[i] + b[i])
 }
 
 /// An error where a step has not been done for its loss or gradient.

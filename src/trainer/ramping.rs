@@ -18,6 +18,7 @@ use super::track::Tracked;
 use super::{FillWindow, Run, check_finite};
 use crate::backend::{Backend, StateLayout, Viewed};
 use crate::comm::Call;
+use crate::data::Window;
 use crate::formats::LINEARS;
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Model, Weights};
@@ -130,7 +131,7 @@ impl<B: Backend> Run<B> {
         model: &Model,
         state: &TrainerState,
         (known, step, call): (&Bounds, &OptimizerStep, Call),
-        fill: &mut FillWindow<'_>,
+        of: (&mut FillWindow<'_>, bool),
     ) -> Result<()> {
         let (on, largest) = (Arc::clone(&self.model), weights.largest);
         let (backend, table, period) = (&*on.backend, &on.table, step.optimizer.ramping);
@@ -142,7 +143,7 @@ impl<B: Backend> Run<B> {
         backend.scope(|| {
             ramping.begin(backend, table, &weights.all, (&flat.states, &flat.layouts));
         });
-        let done = self.steps_aside(weights, model, (state, call), (*known, step), fill);
+        let done = self.steps_aside(weights, model, (state, call), (*known, step), of);
         let flat = &mut self.buffers.flat;
         let Some(ramping) = &mut flat.ramping else { return Ok(()) };
         backend.scope(|| {
@@ -167,7 +168,7 @@ impl<B: Backend> Run<B> {
         model: &Model,
         (state, call): (&TrainerState, Call),
         (mut known, step): (Bounds, &OptimizerStep),
-        fill: &mut FillWindow<'_>,
+        (fill, weighted): (&mut FillWindow<'_>, bool),
     ) -> Result<()> {
         let on = Arc::clone(&self.model);
         let before = (state.step / u64::from(step.optimizer.ramping)).wrapping_mul(SIDE_STEPS);
@@ -176,10 +177,14 @@ impl<B: Backend> Run<B> {
             let aside = OptimizerStep { optimizer, t: step.t + i, ..*step };
             let number = before.wrapping_add(i);
             let mut fill =
-                |micro_step, row, window: &mut [u32]| fill(Some(number), micro_step, row, window);
+                |micro_step, row, window: Window<'_>| fill(Some(number), micro_step, row, window);
             let drawn_for = BEYOND + number % BEYOND;
-            let drawn = ((drawn_for, step.loss_scale), self.own_divisor(state));
-            self.gradients(weights, model, (state, call), drawn, Some(&mut fill))?;
+            let drawn = (drawn_for, step.loss_scale);
+            let all =
+                self.gradients(weights, model, (state, call), drawn, &mut |run, weights| {
+                    run.own_gradients(weights, model, state, drawn, (&mut fill, weighted))
+                })?;
+            let aside = self.divided(state, &aside, all.divisor);
             let sums = self.update(weights, model, &mut known, &aside, false)?;
             check_finite(&sums, &aside, format_args!("one"))?;
             if let Some(ramping) = &mut self.buffers.flat.ramping {
@@ -271,11 +276,17 @@ mod tests {
         let mut before = of_matrices(&twin, None);
         let mut moved: Vec<_> = before.iter().map(|(_, w)| vec![[0.0f32; 2]; w.len()]).collect();
         for step in 0..30 {
-            let mut side = |_: Option<u64>, micro_step, row, window: &mut [u32]| {
+            let mut side = |_: Option<u64>, micro_step, row, window: Window<'_>| {
                 let number = (step * 2 + micro_step as u64) * 3 + row as u64;
                 data.side_window(seed, number, 33, window)
             };
-            twin.optimizer_step(Ok(()), None, false, Gradients::Of(&mut side)).unwrap();
+            twin.optimizer_step(
+                Ok(()),
+                None,
+                false,
+                Gradients::Of { fill: &mut side, weighted: false },
+            )
+            .unwrap();
             let after = of_matrices(&twin, None);
             for (moved, (before, after)) in moved.iter_mut().zip(zip(&before, &after)) {
                 let numbers = zip(rounded(before), rounded(after));
@@ -329,22 +340,32 @@ mod tests {
         }
         let before = states(&stopped);
         let (stop, seed) = (stopped.stop_handle(), stopped.seed());
-        let mut asks = |aside: Option<u64>, _, row, window: &mut [u32]| {
+        let mut asks = |aside: Option<u64>, _, row, window: Window<'_>| {
             if aside == Some(30 + 7) {
                 stop.request_stop();
             }
             data.side_window(seed, row as u64, 33, window)
         };
-        let error =
-            stopped.optimizer_step(Ok(()), None, true, Gradients::Of(&mut asks)).unwrap_err();
+        let error = stopped
+            .optimizer_step(Ok(()), None, true, Gradients::Of { fill: &mut asks, weighted: false })
+            .unwrap_err();
         assert!(matches!(error, Error::Stopped), "{error}");
         assert!(states(&stopped) == before && stopped.steps_done() == 3);
         stopped.stop_handle().clear();
-        let mut fails = |aside: Option<u64>, _, row, window: &mut [u32]| match aside {
+        let mut fails = |aside: Option<u64>, _, row, window: Window<'_>| match aside {
             Some(39) => Err(Error::invalid("tokens", "there are none")),
             _ => data.side_window(seed, row as u64, 33, window),
         };
-        assert!(stopped.optimizer_step(Ok(()), None, false, Gradients::Of(&mut fails)).is_err());
+        assert!(
+            stopped
+                .optimizer_step(
+                    Ok(()),
+                    None,
+                    false,
+                    Gradients::Of { fill: &mut fails, weighted: false }
+                )
+                .is_err()
+        );
         assert!(states(&stopped) == before);
         // Beyond what moments can become.
         let Device::Cpu(run) = &mut stopped.run else { panic!("made on the CPU") };

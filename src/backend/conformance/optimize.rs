@@ -308,6 +308,12 @@ pub(super) fn weighted_losses<B: Harness>(backends: &[B]) {
             "{}: {found} {exact}",
             b.name()
         );
+        let of_eval = b.sum_losses(&mut update.reduction, both, 2999).unwrap();
+        assert!(
+            (of_eval - sum(2999)).abs() < 1e-9 * exact.abs().max(1.0),
+            "{}: {of_eval}",
+            b.name()
+        );
         let ones = f32_input(b, &[1.0; 3000]);
         let [plain, by_ones] = [None, Some(&ones)].map(|weights| {
             b.add_losses(&mut update.reduction, (&losses, weights), 3000, false);
@@ -392,7 +398,7 @@ pub(super) fn sums_of_losses<B: Harness>(backends: &[B]) {
             update.add_losses(b, &losses[..2], false);
             // An evaluation in between is none of the step's.
             let of_evaluation = f32_input(b, &losses[..rows]);
-            let found = b.sum_losses(&mut update.reduction, &of_evaluation, rows).unwrap();
+            let found = b.sum_losses(&mut update.reduction, (&of_evaluation, None), rows).unwrap();
             assert_eq!(found, sum, "{}: {rows} losses", b.name());
             update.add_losses(b, &losses[..rows], true);
             let sums = update.step(b, &step(Optimizer::default()));

@@ -87,21 +87,12 @@ impl Optimize for Cpu {
     fn add_losses(
         &self,
         reduction: &mut Reduction,
-        (losses, weights): (&Buffer<f32>, Option<&Buffer<f32>>),
+        losses: (&Buffer<f32>, Option<&Buffer<f32>>),
         rows: usize,
         accumulate: bool,
     ) {
         let before = if accumulate { reduction.losses } else { 0.0 };
-        let losses = &losses[..rows];
-        let sum = match weights {
-            None => sum_of(losses),
-            Some(weights) => losses
-                .iter()
-                .zip(&weights[..rows])
-                .map(|(l, w)| f64::from(*l) * f64::from(*w))
-                .sum(),
-        };
-        reduction.losses = before + sum;
+        reduction.losses = before + sum_of(losses, rows);
     }
 
     fn counts(&self, _: &Workspace, reduction: &Reduction) -> Result<(f64, u64)> {
@@ -278,14 +269,23 @@ impl Optimize for Cpu {
         Ok(())
     }
 
-    fn sum_losses(&self, _: &mut Reduction, losses: &Buffer<f32>, rows: usize) -> Result<f64> {
-        Ok(sum_of(&losses[..rows]))
+    fn sum_losses(
+        &self,
+        _: &mut Reduction,
+        losses: (&Buffer<f32>, Option<&Buffer<f32>>),
+        rows: usize,
+    ) -> Result<f64> {
+        Ok(sum_of(losses, rows))
     }
 }
 
 /// The sum of losses, in order.
-fn sum_of(losses: &[f32]) -> f64 {
-    losses.iter().map(|loss| f64::from(*loss)).sum()
+fn sum_of((losses, weights): (&Buffer<f32>, Option<&Buffer<f32>>), rows: usize) -> f64 {
+    let losses = losses[..rows].iter().map(|loss| f64::from(*loss));
+    match weights {
+        None => losses.sum(),
+        Some(weights) => losses.zip(&weights[..]).map(|(loss, w)| loss * f64::from(*w)).sum(),
+    }
 }
 
 /// What `of` makes of jobs of fixed size, joined in one order.

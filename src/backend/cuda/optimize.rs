@@ -481,9 +481,15 @@ impl Optimize for Cuda {
         Ok(())
     }
 
-    fn sum_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize) -> Result<f64> {
+    fn sum_losses(
+        &self,
+        reduction: &mut Reduction,
+        (losses, weights): (&F32, Option<&F32>),
+        rows: usize,
+    ) -> Result<f64> {
+        let weights = weights.map_or(0, F32::address);
         launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-            reduction.sum(3), losses.address(), 0u64, rows as u32, 0u32);
+            reduction.sum(3), losses.address(), weights, rows as u32, 0u32);
         let mut sum = [0.0];
         self.read(reduction.sum(3), &mut sum)?;
         Ok(sum[0])

@@ -1,0 +1,62 @@
+//! Windows that the host fills: data that lie in no token file, with a weight for each target.
+
+use std::fmt;
+
+use crate::{Error, Result};
+
+/// Writes window number so-and-so: T + 1 tokens, and a weight for each of its T targets, which are 1
+/// before.
+type Fill = dyn Fn(u64, &mut [u32], &mut [f32]) -> Result<()> + Send + Sync;
+
+/// All windows of an epoch.
+pub(super) struct HostWindows {
+    pub(super) count: u64,
+    fill: Box<Fill>,
+}
+
+impl HostWindows {
+    pub(super) fn new(count: u64, fill: Box<Fill>) -> Result<Self> {
+        if count == 0 {
+            return Err(Error::invalid("windows", "expected at least 1, got 0"));
+        }
+        Ok(Self { count, fill })
+    }
+
+    /// Fills a window, and checks it.
+    pub(super) fn read(&self, number: u64, vocab_size: usize, window: Window<'_>) -> Result<()> {
+        let Window { tokens, weights } = window;
+        weights.fill(1.0);
+        (self.fill)(number, tokens, weights)?;
+        let source_name = || format!("window {number} of the host's");
+        if let Some(at) = tokens.iter().position(|token| *token as usize >= vocab_size) {
+            let (source_name, offset, token) = (source_name(), at as u64, tokens[at].into());
+            return Err(Error::TokenRange { source_name, offset, token, vocab_size });
+        }
+        if let Some((at, weight)) = weights.iter().enumerate().find(|(_, w)| !w.is_finite()) {
+            let what = format!("weight {at} of {}", source_name());
+            return Err(Error::NotFinite { what, value: *weight });
+        }
+        Ok(())
+    }
+
+    /// An error for what needs tokens in a row.
+    pub(super) fn no_tokens() -> Error {
+        Error::Unsupported {
+            what: "tokens in a row of a dataset whose windows the host fills".to_owned(),
+            remedy: "ask the host's own data".to_owned(),
+        }
+    }
+}
+
+impl fmt::Debug for HostWindows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostWindows").field("count", &self.count).finish_non_exhaustive()
+    }
+}
+
+/// A window to be filled: T + 1 tokens, and a weight for each of its T targets, where the dataset has
+/// any.
+pub(crate) struct Window<'a> {
+    pub(crate) tokens: &'a mut [u32],
+    pub(crate) weights: &'a mut [f32],
+}
