@@ -52,8 +52,10 @@ __global__ void sum_losses(double *sum, const float *losses, const float *weight
   begin();
   __shared__ double scratch[WARP];
   double total = 0.0;
-  for (u32 i = threadIdx.x; i < rows; i += blockDim.x)
-    total += weights ? (double)losses[i] * (double)weights[i] : (double)losses[i];
+  for (u32 i = threadIdx.x; i < rows; i += blockDim.x) {
+    double weight = weights ? weights[i] : 1.0;
+    if (weight != 0.0) total += losses[i] * weight; // whatever the loss of what does not count
+  }
   total = block_sum_double(total, scratch);
   if (threadIdx.x == 0) *sum = accumulate ? *sum + total : total;
 }

@@ -90,7 +90,9 @@ mod trainer;
 pub use backend::{CudaStream, HostLoss, LogitRows};
 pub use checkpoint::{StoredTensor, StoredWeights};
 pub use comm::{Collectives, Group, Transport, Wire};
-pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
+pub use data::{
+    Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenMemory, TokenType,
+};
 pub use decoder::{
     Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated, Score,
 };

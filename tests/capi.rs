@@ -55,6 +55,11 @@ fn a_step_in_parts() {
 }
 
 #[test]
+fn data_of_the_host() {
+    run("windows.c", Link::Shared);
+}
+
+#[test]
 fn what_a_trainer_watches() {
     run("watch.c", Link::Shared);
 }

@@ -517,6 +517,49 @@ fn refusals_leave_what_waits() {
     }
 }
 
+/// Nothing that stands where a target is ignored counts: neither its weight nor what the host's loss
+/// writes there; and a loss that is not written is no number.
+#[test]
+fn what_is_ignored_may_be_anything() {
+    for engine in engines() {
+        let [mut plain, mut wild] = [(); 2].map(|()| trainer(&engine, options("fp32", 1, 1)));
+        let (tokens, mut targets) = (inputs(&windows(1, 3)), targets(&windows(1, 3)));
+        targets[5] = IGNORED;
+        targets[40] = IGNORED;
+        let mut weights = vec![0.5; 3 * T];
+        let give = |trainer: &mut Trainer, weights: &[f32], ignored: f32| {
+            let of_rows = targets.clone();
+            let mut loss = |of: LogitRows<'_>| {
+                let LogitRows { first, logits, losses } = of;
+                assert!(losses.iter().all(|loss| loss.is_nan()));
+                let rows = logits.chunks_mut(VOCAB).zip(losses).enumerate();
+                for (row, (logits, loss)) in rows {
+                    let is_ignored = of_rows[first + row] == IGNORED;
+                    *loss = if is_ignored { ignored } else { logits.iter().map(|y| y * y).sum() };
+                    logits
+                        .iter_mut()
+                        .for_each(|y| *y = if is_ignored { ignored } else { 2.0 * *y });
+                }
+                Ok(())
+            };
+            let weights = Some(weights);
+            let loss: Option<&mut HostLoss<'_>> = Some(&mut loss);
+            let batch = Batch { tokens: &tokens, targets: &targets, weights, loss, divisor: None };
+            trainer.forward_backward(batch, None).unwrap();
+            trainer.update().unwrap()
+        };
+        let expected = give(&mut plain, &weights, 0.0);
+        weights[5] = f32::NAN;
+        let found = give(&mut wild, &weights, f32::NAN);
+        assert_eq!(bits(&found), bits(&expected));
+        let mut nothing = |_: LogitRows<'_>| Ok(());
+        let batch = Batch { tokens: &tokens, loss: Some(&mut nothing), ..Batch::default() };
+        wild.forward_backward(batch, None).unwrap();
+        let error = wild.update().unwrap_err().to_string();
+        assert!(error.contains("the loss of step 2"), "{error}");
+    }
+}
+
 /// A mean over nothing is none; a divisor says what it is.
 #[test]
 fn all_targets_may_be_ignored() {

@@ -134,6 +134,10 @@ struct LogitRows {
   }
 };
 
+// Fills window `number` of a dataset: `tokens` has one more than `weights`, which are 1 before.
+using WindowFunction =
+    std::function<void(std::uint64_t number, view<std::uint32_t> tokens, view<float> weights)>;
+
 #ifdef MXT_NO_EXCEPTIONS
 
 // A value, or why there is none. To take the value of a failure ends the program: ask first.
@@ -341,6 +345,22 @@ inline void on_log(void *user_data, std::int32_t level, const char *line) {
 }
 
 inline void on_log_free(void *user_data) { delete static_cast<LogFunction *>(user_data); }
+
+inline std::int32_t on_window(void *user_data, std::uint64_t number, std::uint32_t *tokens,
+                              float *weights, std::size_t length) {
+  const Flow flow = guarded([&]() -> Flow {
+    const auto &fill = *static_cast<WindowFunction *>(user_data);
+    fill(number, {tokens, length + 1}, {weights, length});
+    return Flow::go_on;
+  });
+  return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+}
+
+inline void on_window_free(void *user_data) { delete static_cast<WindowFunction *>(user_data); }
+
+inline void on_owner_free(void *user_data) {
+  delete static_cast<std::shared_ptr<const void> *>(user_data);
+}
 
 // A C struct with the library's defaults. Should the library refuse the struct, as one of another
 // major version may, struct_size stays 0 and the call that takes the struct says so.
@@ -714,6 +734,28 @@ class Dataset {
     return detail::finish(status, Dataset(dataset));
   }
 
+  // Tokens that stay where they are, and what they are, as long as the dataset lives; `owner` is
+  // kept until then.
+  static outcome<Dataset> from_memory(view<const std::uint32_t> tokens,
+                                      std::shared_ptr<const void> owner = {}) {
+    return from_memory(tokens.data(), tokens.size(), MXT_TOKEN_TYPE_U32, std::move(owner));
+  }
+  static outcome<Dataset> from_memory(view<const std::uint16_t> tokens,
+                                      std::shared_ptr<const void> owner = {}) {
+    return from_memory(tokens.data(), tokens.size(), MXT_TOKEN_TYPE_U16, std::move(owner));
+  }
+
+  // `count` windows that `fill` writes when they are wanted, with a weight for each target. What it
+  // throws is thrown again by the call that needed the window.
+  static outcome<Dataset> from_windows(std::uint64_t count, WindowFunction fill) {
+    auto owned = std::make_unique<WindowFunction>(std::move(fill));
+    mxt_dataset *dataset = nullptr;
+    const mxt_status status = mxt_dataset_from_windows(count, detail::on_window, owned.get(),
+                                                       detail::on_window_free, &dataset);
+    if (status == MXT_OK) (void)owned.release();  // the library's now
+    return detail::finish(status, Dataset(dataset));
+  }
+
   std::uint64_t token_count() const noexcept { return mxt_dataset_token_count(get()); }
 
   // The largest token; reads all files.
@@ -739,6 +781,16 @@ class Dataset {
   mxt_dataset *get() const noexcept { return handle_.get(); }
 
  private:
+  static outcome<Dataset> from_memory(const void *tokens, std::size_t count, std::int32_t type,
+                                      std::shared_ptr<const void> owner) {
+    auto owned = std::make_unique<std::shared_ptr<const void>>(std::move(owner));
+    mxt_dataset *dataset = nullptr;
+    const mxt_status status =
+        mxt_dataset_from_memory(tokens, count, type, owned.get(), detail::on_owner_free, &dataset);
+    if (status == MXT_OK) (void)owned.release();  // the library's now
+    return detail::finish(status, Dataset(dataset));
+  }
+
   explicit Dataset(mxt_dataset *dataset) noexcept : handle_(dataset) {}
 
   detail::handle<mxt_dataset> handle_;

@@ -47,9 +47,10 @@ pub struct HostClassifier<'a, B: Memory> {
 pub struct LogitRows<'a> {
     /// The number of the first: position t of sequence b is row b T + t.
     pub first: usize,
-    /// (rows, V), row-major: logits, to be replaced by the gradient of each row's loss in them.
+    /// (rows, V), row-major: logits, to be replaced by the gradient of each row's loss in them. What
+    /// stands in rows whose weight is 0 does not count.
     pub logits: &'a mut [f32],
-    /// (rows), to be overwritten with their losses.
+    /// (rows), NaN, to be overwritten with their losses.
     pub losses: &'a mut [f32],
 }
 

@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_void};
 
 use bytemuck::Pod;
 
-use super::status::mxt_status_code::MXT_STOPPED;
+use super::status::mxt_status_code::{MXT_ERROR_NULL, MXT_STOPPED};
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::trainer::mxt_trainer;
@@ -28,7 +28,7 @@ pub struct mxt_logits {
     /// (rows, vocab_size), row-major, in the host's memory: logits, to be replaced by the gradient of
     /// each row's loss in them. Weights and divisor are not in it: the library multiplies.
     pub logits: *mut f32,
-    /// (rows): the loss of each row, to be written.
+    /// (rows): the loss of each row, NaN before, to be written.
     pub losses: *mut f32,
     /// The number of the first row.
     pub first_row: u64,
@@ -39,8 +39,10 @@ pub struct mxt_logits {
 }
 versioned!(mxt_logits, last = vocab_size: u64);
 
-/// Makes losses of logits, and their gradients, for some rows of a batch: rows come in their order,
-/// each once, some 32 MiB of logits at a time. All that `rows` points to is borrowed for the call.
+/// Makes losses of logits, and their gradients, for some rows of a batch: all rows come, in their order,
+/// each once, some 32 MiB of logits at a time, or 64 rows where these take more. What is written for
+/// rows whose target is ignored, or whose weight is 0, does not count. All that `rows` points to is
+/// borrowed for the call.
 ///
 /// Returns 0 to go on; any other number ends mxt_trainer_forward_backward with MXT_STOPPED. A number
 /// that it writes and that is not finite shows at mxt_trainer_update, as MXT_ERROR_NOT_FINITE.
@@ -132,7 +134,8 @@ pub unsafe extern "C" fn mxt_trainer_forward_backward(
         guard::method("mxt_trainer_forward_backward", trainer, |trainer| {
             let batch = read("batch", batch)?;
             if batch.targets.is_null() && batch.loss.is_none() {
-                return Err(Failure::null("targets, without a loss of the host's,"));
+                let message = "targets is NULL; pass what each position is to predict, or a loss";
+                return Err(Failure::new(MXT_ERROR_NULL, message));
             }
             let engine = trainer.engine();
             if batch.losses.is_null() {

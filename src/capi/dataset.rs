@@ -1,18 +1,24 @@
 //! `mxt_dataset`: tokens to train on.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use super::arguments;
+use super::arguments::{self, check};
+use super::float_mode;
+use super::group::mxt_user_data_free_fn;
 use super::guard;
 use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read_or_default, versioned};
+use super::user_data::UserData;
 use crate::reserve::reserve;
-use crate::{Coverage, Dataset, DatasetOptions, TokenType};
+use crate::{Coverage, Dataset, DatasetOptions, Error, TokenMemory, TokenType};
 
-/// Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
-/// changed, so any number of threads and trainers may use it at once. Make with one of the
+/// Tokens to train on: files that are mapped into memory, tokens of the host, or windows that it
+/// fills. It is never changed, so any number of threads and trainers may use it at once. Make with one of the
 /// mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
 ///
 /// All its tokens are checked against a model's vocabulary before the first step or evaluation of a
@@ -297,7 +303,167 @@ pub unsafe extern "C" fn mxt_dataset_from_tokens(
     })
 }
 
-/// Number of tokens in all files. 0 if `dataset` is NULL. Any thread may call it at any time.
+/// Makes a dataset from `count` tokens in memory of the host's, which are not copied, and stores it in
+/// `*dataset` for the caller to free. `token_type` is MXT_TOKEN_TYPE_U16 or MXT_TOKEN_TYPE_U32. The
+/// tokens have to stay there, unchanged, until `user_data_free` is called with `user_data`: once, when
+/// mxt_dataset_free has been called and no other call uses the dataset any more, on the thread that
+/// ends it. `user_data_free` may be NULL.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_OUT_OF_MEMORY: the user data stay the
+/// caller's then. The message is in mxt_last_error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_dataset_from_memory(
+    tokens: *const c_void,
+    count: usize,
+    token_type: i32,
+    user_data: *mut c_void,
+    user_data_free: mxt_user_data_free_fn,
+    dataset: *mut *mut mxt_dataset,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    guard::maker("mxt_dataset_from_memory", || unsafe {
+        let out = arguments::place("dataset", dataset)?;
+        let host = Arc::new(UserData::new(user_data, user_data_free));
+        let data = match token_type {
+            of if of == mxt_token_type::U16 as i32 => borrowed::<u16>(tokens, count, &host)?,
+            of if of == mxt_token_type::U32 as i32 => borrowed::<u32>(tokens, count, &host)?,
+            of => {
+                let message =
+                    format!("expected MXT_TOKEN_TYPE_U16 or MXT_TOKEN_TYPE_U32, got {of}");
+                return Err(Failure::invalid("token_type", message));
+            }
+        };
+        host.keep();
+        out.put(mxt_dataset::new(data));
+        Ok(())
+    })
+}
+
+/// # Safety
+/// `tokens` is NULL or points to `count` tokens that stay there as long as `host` lives.
+unsafe fn borrowed<T: Copy + Into<u32> + 'static>(
+    tokens: *const c_void,
+    count: usize,
+    host: &Arc<UserData>,
+) -> Result<Dataset, Failure>
+where
+    Borrowed<T>: TokenMemory,
+{
+    let tokens: *const T = tokens.cast();
+    check("tokens", tokens, count)?;
+    Ok(Dataset::from_memory(Borrowed { tokens, count, _host: host.clone() })?)
+}
+
+/// Tokens of the host's.
+struct Borrowed<T> {
+    tokens: *const T,
+    count: usize,
+    _host: Arc<UserData>,
+}
+
+// SAFETY: the header asks for tokens that do not change, which any thread may read.
+unsafe impl<T> Send for Borrowed<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Borrowed<T> {}
+
+macro_rules! borrowed_memory {
+    ($($token:ty, $kind:ident;)*) => {$(
+        impl TokenMemory for Borrowed<$token> {
+            fn count(&self) -> usize {
+                self.count
+            }
+
+            fn token_type(&self) -> TokenType {
+                TokenType::$kind
+            }
+
+            fn copy(&self, first: usize, to: &mut [u32]) {
+                let is_there = first <= self.count && to.len() <= self.count - first;
+                assert!(is_there, "tokens lie in the memory");
+                for (i, to) in to.iter_mut().enumerate() {
+                    // SAFETY: there, as asserted. A host that changes them even so gets either.
+                    *to = unsafe { self.tokens.add(first + i).read_volatile() }.into();
+                }
+            }
+        }
+    )*};
+}
+
+borrowed_memory! {
+    u16, U16;
+    u32, U32;
+}
+
+/// Fills window `number` of a dataset: `tokens` gets sequence_length + 1 tokens, of which all but the
+/// last are inputs, and each but the first the target of the one before it; `weights` has
+/// sequence_length numbers, a factor of each target's loss, which are 1 before: 0 for what is not to
+/// be learned, as a prompt or padding. Both are borrowed for the call. The same number has to give the
+/// same window whenever it is asked for, so that a run that is resumed is the run that was not stopped.
+///
+/// Returns 0; any other number ends the call that needs the window with MXT_ERROR_IO, and the trainer
+/// is as before it. A token outside of the vocabulary ends it with MXT_ERROR_TOKEN_RANGE, a weight that
+/// is not finite with MXT_ERROR_NOT_FINITE.
+///
+/// Runs on the thread that is inside that call; on several threads at once where several trainers use
+/// the dataset. Calls on the trainer that it fills for, and on its model, return MXT_ERROR_BUSY. It must
+/// not throw or longjmp.
+pub type mxt_window_fn = Option<
+    unsafe extern "C-unwind" fn(
+        user_data: *mut c_void,
+        number: u64,
+        tokens: *mut u32,
+        weights: *mut f32,
+        sequence_length: usize,
+    ) -> i32,
+>;
+
+/// Makes a dataset of `count` windows that the host fills, numbered from 0, each time that one is
+/// wanted, and stores it in `*dataset` for the caller to free. Training asks for all of them once in
+/// an epoch, in an order that the engine's seed gives, an evaluation for some spread evenly, in their
+/// order. A loss is the weighted sum over the sum of weights of its step or evaluation; the tokens of
+/// an evaluation are the targets whose weight is not 0. Functions that read tokens of a dataset return
+/// MXT_ERROR_UNSUPPORTED.
+///
+/// `user_data` is passed to `fill`, and to `user_data_free` (which may be NULL) as for
+/// mxt_dataset_from_memory.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a count of 0): the user data stay the caller's
+/// then. The message is in mxt_last_error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_dataset_from_windows(
+    count: u64,
+    fill: mxt_window_fn,
+    user_data: *mut c_void,
+    user_data_free: mxt_user_data_free_fn,
+    dataset: *mut *mut mxt_dataset,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    guard::maker("mxt_dataset_from_windows", || unsafe {
+        let out = arguments::place("dataset", dataset)?;
+        let fill = fill.ok_or_else(|| Failure::null("fill"))?;
+        let host = Arc::new(UserData::new(user_data, user_data_free));
+        let of_dataset = host.clone();
+        let data = Dataset::from_windows(count, move |number, tokens, weights| {
+            let (to, of, length) = (tokens.as_mut_ptr(), weights.as_mut_ptr(), weights.len());
+            let user_data = of_dataset.pointer;
+            // The header asks for a function that fills as many.
+            match float_mode::in_hosts(|| fill(user_data, number, to, of, length)) {
+                0 => Ok(()),
+                code => {
+                    let (path, action) = (PathBuf::from(format!("window {number}")), "fill");
+                    let source = io::Error::other(format!("the callback returned {code}"));
+                    Err(Error::Io { action, path, source })
+                }
+            }
+        })?;
+        host.keep();
+        out.put(mxt_dataset::new(data));
+        Ok(())
+    })
+}
+
+/// Number of tokens in all files; 0 where the host fills windows, and if `dataset` is NULL. Any thread
+/// may call it at any time.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_token_count(dataset: *const mxt_dataset) -> u64 {
     // SAFETY: a live handle or NULL, as the header asks.

@@ -236,11 +236,11 @@ pub unsafe extern "C" fn mxt_trainer_save(
 /// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
-/// than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
-/// dataset, also where this step does not read it), MXT_ERROR_IO (a file of the dataset has become
-/// shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or
-/// moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the
-/// step.
+/// than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside
+/// of the vocabulary anywhere in the dataset, also where this step does not read it), MXT_ERROR_IO (a
+/// file of the dataset has become shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient
+/// are not, or a weight or moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and
+/// moments are as before the step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_step(
     trainer: *mut mxt_trainer,
@@ -270,8 +270,9 @@ pub unsafe extern "C" fn mxt_trainer_step(
 /// in memory of the engine's GPU, written before the call or on the engine's stream.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count; an
-/// optimizer with "ramping", which draws windows of its own; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE,
-/// MXT_ERROR_NOT_FINITE (the weights are as before the step), MXT_ERROR_BUSY.
+/// optimizer with "ramping", which draws windows of its own; batches that wait for
+/// mxt_trainer_update), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the
+/// step), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_step_tokens(
     trainer: *mut mxt_trainer,

@@ -9,6 +9,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use super::host::TokenMemory;
 use super::layout::{Layout, layout};
 use super::look::Look;
 use super::megatron;
@@ -127,7 +128,7 @@ enum Storage {
         source: Source,
         start: u64,
     },
-    Memory(Vec<u32>),
+    Memory(Box<dyn TokenMemory>),
 }
 
 /// Bytes that are read at once, on the stack: a step allocates nothing.
@@ -178,15 +179,15 @@ impl TokenFile {
     }
 
     /// Takes a host's own tokens.
-    pub(super) fn from_tokens(tokens: Vec<u32>) -> Result<Self> {
-        if tokens.is_empty() {
+    pub(super) fn from_memory(tokens: Box<dyn TokenMemory>) -> Result<Self> {
+        if tokens.count() == 0 {
             return Err(Error::invalid("tokens", "expected at least one token, got none"));
         }
         let info = DatasetFile {
             path: PathBuf::from("<memory>"),
             format: TokenFormat::Memory,
-            token_type: TokenType::U32,
-            tokens: tokens.len() as u64,
+            token_type: tokens.token_type(),
+            tokens: tokens.count() as u64,
             documents: None,
         };
         Ok(Self { info, storage: Storage::Memory(tokens) })
@@ -202,13 +203,11 @@ impl TokenFile {
         let (source, start) = match &self.storage {
             Storage::File { source, start } => (source, start),
             Storage::Memory(tokens) => {
-                let tokens = &tokens[offset as usize..][..out.len()];
-                out.copy_from_slice(tokens);
+                tokens.copy(offset as usize, out);
                 if is_in_range(out) {
                     return Ok(());
                 }
-                let numbers = tokens.iter().map(|&token| token.into());
-                return self.check(offset, numbers, vocab_size);
+                return self.check(offset, out.iter().map(|&token| token.into()), vocab_size);
             }
         };
         let token_type = self.info.token_type;
@@ -236,10 +235,10 @@ impl TokenFile {
             sum.largest = sum.largest.max(part.largest);
             sum.has_strays |= part.has_strays;
         };
-        if let Storage::Memory(tokens) = &self.storage {
-            let tokens = &tokens[first as usize..][..count as usize];
+        self.each_part(first, count, |_, tokens| {
             add(Extent { largest: tokens.iter().fold(0, |a, &b| a.max(b)), has_strays: false });
-        }
+            Ok(())
+        })?;
         self.each_piece(first, count, |_, bytes| {
             add(extent(bytes, self.info.token_type));
             Ok(())
@@ -251,13 +250,31 @@ impl TokenFile {
     /// [`Error::TokenRange`] for the first of tokens `first`.. of `count` that is not below
     /// `vocab_size`; [`Error::Io`].
     pub(super) fn find_outside(&self, first: u64, count: u64, vocab_size: usize) -> Result<()> {
-        if let Storage::Memory(tokens) = &self.storage {
-            let tokens = &tokens[first as usize..][..count as usize];
-            self.check(first, tokens.iter().map(|&token| token.into()), vocab_size)?;
-        }
+        self.each_part(first, count, |first, tokens| {
+            self.check(first, tokens.iter().map(|&token| token.into()), vocab_size)
+        })?;
         self.each_piece(first, count, |first, bytes| {
             self.check(first, numbers(bytes, self.info.token_type), vocab_size)
         })
+    }
+
+    /// Copies tokens `first`.. of `count` in memory in parts, and gives the number of a part's first
+    /// token.
+    fn each_part(
+        &self,
+        first: u64,
+        count: u64,
+        mut see: impl FnMut(u64, &[u32]) -> Result<()>,
+    ) -> Result<()> {
+        let Storage::Memory(tokens) = &self.storage else { return Ok(()) };
+        let mut buffer = [0; PIECE / 4];
+        for first_of_part in (first..first + count).step_by(buffer.len()) {
+            let here = (first + count - first_of_part).min(buffer.len() as u64);
+            let part = &mut buffer[..here as usize];
+            tokens.copy(first_of_part as usize, part);
+            see(first_of_part, part)?;
+        }
+        Ok(())
     }
 
     /// Reads tokens `first`.. of `count` of a file in pieces, and gives the number of a piece's

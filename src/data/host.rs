@@ -1,8 +1,53 @@
-//! Windows that the host fills: data that lie in no token file, with a weight for each target.
+//! Data that lie in no token file: tokens in the host's memory, and windows that the host fills, with
+//! a weight for each target.
 
 use std::fmt;
+use std::sync::Arc;
 
+use super::TokenType;
 use crate::{Error, Result};
+
+/// Tokens in memory, which stay where they are, and what they are, as long as this lives.
+pub trait TokenMemory: Send + Sync {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// What each takes: 16 or 32 bits.
+    fn token_type(&self) -> TokenType;
+    /// Copies those from number `first` on, which are there, until `to` is full.
+    fn copy(&self, first: usize, to: &mut [u32]);
+}
+
+impl fmt::Debug for dyn TokenMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenMemory").field("count", &self.count()).finish_non_exhaustive()
+    }
+}
+
+macro_rules! token_memory {
+    ($($memory:ty, $kind:ident;)*) => {$(
+        impl TokenMemory for $memory {
+            fn count(&self) -> usize {
+                self.len()
+            }
+
+            fn token_type(&self) -> TokenType {
+                TokenType::$kind
+            }
+
+            fn copy(&self, first: usize, to: &mut [u32]) {
+                let from = &self[first..][..to.len()];
+                to.iter_mut().zip(from).for_each(|(to, token)| *to = (*token).into());
+            }
+        }
+    )*};
+}
+
+token_memory! {
+    Vec<u32>, U32;
+    Vec<u16>, U16;
+    Arc<[u32]>, U32;
+    Arc<[u16]>, U16;
+}
 
 /// Writes window number so-and-so: T + 1 tokens, and a weight for each of its T targets, which are 1
 /// before.

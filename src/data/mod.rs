@@ -33,6 +33,7 @@ pub use file::{DatasetFile, TokenFormat, TokenType};
 
 use file::{TokenFile, owned};
 use host::HostWindows;
+pub use host::TokenMemory;
 pub(crate) use host::Window;
 use look::WHOLE;
 use order::Permutation;
@@ -162,7 +163,16 @@ impl Dataset {
     /// # Errors
     /// [`Error::InvalidArgument`] where there are none.
     pub fn from_tokens(tokens: Vec<u32>) -> Result<Self> {
-        Ok(Self::of(vec![TokenFile::from_tokens(tokens)?]))
+        Self::from_memory(tokens)
+    }
+
+    /// The same of tokens of 16 or 32 bits in memory of the host's, which is not copied: an
+    /// `Arc<[u16]>`, or whatever lends the tokens.
+    ///
+    /// # Errors
+    /// As [`Dataset::from_tokens`].
+    pub fn from_memory(tokens: impl TokenMemory + 'static) -> Result<Self> {
+        Ok(Self::of(vec![TokenFile::from_memory(Box::new(tokens))?]))
     }
 
     /// A dataset of `count` windows that `fill(number, tokens, weights)` writes, from number 0 on, each

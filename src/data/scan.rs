@@ -214,9 +214,13 @@ mod tests {
 
     const PIECE: usize = super::PIECE as usize;
 
+    fn in_memory(tokens: Vec<u32>) -> TokenFile {
+        TokenFile::from_memory(Box::new(tokens)).unwrap()
+    }
+
     fn files(tokens: Vec<u32>) -> Arc<Vec<TokenFile>> {
-        let some = TokenFile::from_tokens((0..10).collect()).unwrap();
-        Arc::new(vec![some, TokenFile::from_tokens(tokens).unwrap()])
+        let some = in_memory((0..10).collect());
+        Arc::new(vec![some, in_memory(tokens)])
     }
 
     /// A scan that looks at nothing on the spot.
@@ -360,7 +364,7 @@ mod tests {
         std::fs::write(&path, &tokens).unwrap();
         let mut buffer = vec![0; crate::data::look::WHOLE];
         let file = TokenFile::open(&path, Some(crate::TokenType::U8), &mut buffer).unwrap();
-        let files = Arc::new(vec![TokenFile::from_tokens(vec![7]).unwrap(), file]);
+        let files = Arc::new(vec![in_memory(vec![7]), file]);
         let scan = in_the_background();
         std::fs::File::options().write(true).open(&path).unwrap().set_len(PIECE as u64).unwrap();
         let until = |is_it: &dyn Fn(Result<()>) -> bool| {

@@ -7,7 +7,8 @@ use super::*;
 /// Files as in-memory sources; token i of file f is f * 100,000 + i, so a window tells its place.
 fn dataset(lengths: &[u64]) -> Dataset {
     let file = |(f, &n): (usize, &u64)| {
-        TokenFile::from_tokens((0..n as u32).map(|i| f as u32 * 100_000 + i).collect()).unwrap()
+        let tokens: Vec<_> = (0..n as u32).map(|i| f as u32 * 100_000 + i).collect();
+        TokenFile::from_memory(Box::new(tokens)).unwrap()
     };
     Dataset::of(lengths.iter().enumerate().map(file).collect::<Vec<_>>())
 }

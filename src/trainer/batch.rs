@@ -106,13 +106,13 @@ impl<B: Backend> BatchBuffers<B> {
             None => weights.fill(1.0),
             Some(read) => read(weights),
         }
-        if let Some((at, weight)) = weights.iter().enumerate().find(|(_, w)| !w.is_finite()) {
-            let what = format!("weight {at} of this batch");
-            return Err(Error::NotFinite { what, value: *weight });
-        }
         for (weight, _) in weights.iter_mut().zip(&*targets).filter(|(_, t)| **t == IGNORED) {
             weighted = true;
             *weight = 0.0;
+        }
+        if let Some((at, weight)) = weights.iter().enumerate().find(|(_, w)| !w.is_finite()) {
+            let what = format!("weight {at} of this batch");
+            return Err(Error::NotFinite { what, value: *weight });
         }
         (self.sequences, self.filled, self.weighted) = (sequences, Filled::Given, weighted);
         Ok(Weighed::of(weights).sum)

@@ -141,6 +141,12 @@ static void end(void) {
     disarm(); \
   } while (0)
 
+static int32_t fill(void *user_data, uint64_t number, uint32_t *to, float *weights, size_t length) {
+  (void)user_data, (void)number, (void)weights;
+  memset(to, 0, (length + 1) * sizeof *to);
+  return 0;
+}
+
 static void making(const char *tokens) {
   mxt_engine_options engine_options;
   mxt_group group;
@@ -196,6 +202,11 @@ static void making(const char *tokens) {
   mxt_dataset_free(dataset);
   MAKING_PANICS(mxt_dataset_open_files(&tokens, 1, &dataset), dataset);
   MAKING_PANICS(mxt_dataset_from_tokens(some, 3, &other_dataset), other_dataset);
+  mxt_dataset_free(other_dataset);
+  MAKING_PANICS(mxt_dataset_from_memory(some, 3, MXT_TOKEN_TYPE_U32, NULL, NULL, &other_dataset),
+                other_dataset);
+  mxt_dataset_free(other_dataset);
+  MAKING_PANICS(mxt_dataset_from_windows(3, fill, NULL, NULL, &other_dataset), other_dataset);
   mxt_dataset_free(other_dataset);
 
   IS_NOTHING(mxt_engine_threads(engine));

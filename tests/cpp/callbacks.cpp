@@ -311,6 +311,44 @@ void losses(Fixture &it) {
   CHECK(what.find("got 31") != std::string::npos);
 }
 
+// Tokens of the host's own, which it keeps alive, and windows that it fills.
+void data(Fixture &it) {
+  auto tokens = std::make_shared<std::vector<std::uint16_t>>();
+  for (const std::uint32_t token : some_tokens()) {
+    tokens->push_back(static_cast<std::uint16_t>(token));
+  }
+  const std::weak_ptr<std::vector<std::uint16_t>> watched = tokens;
+  {
+    const mxt::view<const std::uint16_t> view = *tokens;
+    const mxt::Dataset lent = mxt::Dataset::from_memory(view, std::move(tokens));
+    CHECK(lent.token_count() == 4000 && !watched.expired());
+    CHECK(it.trainer.eval(lent, 3).loss == it.trainer.eval(it.dataset, 3).loss);
+  }
+  CHECK(watched.expired());
+
+  const mxt::Dataset windows = mxt::Dataset::from_windows(
+      20, [](std::uint64_t number, mxt::view<std::uint32_t> to, mxt::view<float> weights) {
+        CHECK(to.size() == weights.size() + 1 && number < 20);
+        for (std::size_t i = 0; i < to.size(); i++) {
+          to[i] = static_cast<std::uint32_t>((i * i + number) % 29);
+        }
+        weights[0] = 0.0f;
+      });
+  CHECK(it.trainer.eval(windows).tokens == 20 * 15 && it.trainer.step(windows).loss > 0);
+  const auto throws = [](std::uint64_t, mxt::view<std::uint32_t>, mxt::view<float>) {
+    throw Enough{9};
+  };
+  const mxt::Dataset broken = mxt::Dataset::from_windows(20, throws);
+  int caught = 0;
+  try {
+    it.trainer.step(broken);
+  } catch (const Enough &enough) {
+    caught = enough.step;
+  }
+  CHECK(caught == 9);
+  CHECK(it.trainer.run(windows, 2).steps == 2);
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 2);
   Fixture it;
@@ -319,6 +357,7 @@ int main(int argc, char **argv) {
   exceptions_from_within(it);
   tokens(it);
   losses(it);
+  data(it);
   log_lines();
   log_is_destroyed_once();
   freed_and_stopped_from_elsewhere();

@@ -104,7 +104,9 @@ impl Head for Cpu {
             let packed = pack(self, &packed, conversion, Role::A, a.as_mut());
             self.gemm(packed, head, overwrite(logits, vocab_size));
 
-            loss(LogitRows { first, logits, losses: &mut losses[first..first + n] })?;
+            let losses = &mut losses[first..first + n];
+            losses.fill(f32::NAN);
+            loss(LogitRows { first, logits, losses })?;
             scale_rows(self, logits, vocab_size, Scales::of(&gradient, first, n));
             let behind = Behind { x, w, first, shape };
             self.head_backward(logits, &mut gradient, behind, (a, input));
@@ -267,8 +269,11 @@ fn softmax_rows(
 fn scale_rows(cpu: &Cpu, dlogits: &mut [f32], vocab_size: usize, scales: Scales<'_>) {
     cpu.install(|| {
         dlogits.par_chunks_mut(vocab_size).enumerate().for_each(|(row, dlogits)| {
-            let scale = scales.of_row(row);
-            dlogits.iter_mut().for_each(|v| *v *= scale);
+            match scales.of_row(row) {
+                // Whatever the host has written there.
+                0.0 => dlogits.fill(0.0),
+                scale => dlogits.iter_mut().for_each(|v| *v *= scale),
+            }
         });
     });
 }

@@ -284,7 +284,10 @@ fn sum_of((losses, weights): (&Buffer<f32>, Option<&Buffer<f32>>), rows: usize) 
     let losses = losses[..rows].iter().map(|loss| f64::from(*loss));
     match weights {
         None => losses.sum(),
-        Some(weights) => losses.zip(&weights[..]).map(|(loss, w)| loss * f64::from(*w)).sum(),
+        Some(weights) => {
+            let pairs = losses.zip(&weights[..]).filter(|(_, weight)| **weight != 0.0);
+            pairs.map(|(loss, weight)| loss * f64::from(*weight)).sum()
+        }
     }
 }
 

@@ -178,6 +178,7 @@ impl Head for Cuda {
                 for (to, from) in logits.chunks_exact_mut(vocab_size).zip(held) {
                     read_logits(from, to, precision);
                 }
+                of_rows.fill(f32::NAN);
                 loss(LogitRows { first: row, logits, losses: of_rows })?;
                 let held = bytes.chunks_exact_mut(stride * precision.size());
                 let numbers = logits.chunks_exact(vocab_size).zip(&scales[row..]);
@@ -278,6 +279,11 @@ fn read_logits(row: &[u8], to: &mut [f32], precision: Precision) {
 
 /// Numbers of a row times `scale`, as they lie on the GPU, and 0 behind them.
 fn write_gradients(from: &[f32], scale: f32, row: &mut [u8], precision: Precision) {
+    if scale == 0.0 {
+        // Whatever the host has written there.
+        row.fill(0);
+        return;
+    }
     let (numbers, rest) = row.split_at_mut(from.len() * precision.size());
     let scaled = from.iter().map(|value| value * scale);
     match precision {

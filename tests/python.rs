@@ -1,0 +1,39 @@
+//! The Python package: its own tests, by pytest, with the library that cargo built.
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use common::{finish_within, has_tool, library, root};
+
+#[test]
+fn the_package_passes_its_tests() {
+    let Some(python) = python() else { return };
+    let package = root().join("bindings/python");
+    let mut command = Command::new(python);
+    command.args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]).current_dir(&package);
+    command.env("MXFP4TRAIN_LIBRARY", library("so")).env("PYTHONPATH", package.join("src"));
+    command.env("PYTHONDONTWRITEBYTECODE", "1");
+    // Some seconds' work, in which tests that run beside take their share.
+    let output = finish_within(Duration::from_secs(600), &mut command);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{text}{errors}", output.status);
+    println!("{}", text.lines().last().unwrap_or_default());
+}
+
+/// A Python with the packages that the tests need: the system's, or one in the target folder.
+fn python() -> Option<PathBuf> {
+    let works = |python: &PathBuf| {
+        let imports = Command::new(python).args(["-c", "import cffi, numpy, pytest"]).output();
+        imports.is_ok_and(|output| output.status.success())
+    };
+    let own = root().join("target/python/bin/python");
+    let found = ["python3".into(), own].into_iter().find(works);
+    let wanted =
+        "python3 with cffi, numpy and pytest (or target/python, an environment that has them)";
+    has_tool(wanted, found.is_some());
+    found
+}
