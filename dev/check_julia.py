@@ -52,12 +52,12 @@ JULIA_OF_C = {
 BASE = set(
     """
     ArgumentError BoundsError Cstring DimensionMismatch Int Int128 Int32 KeyError ReentrantLock Ref
-    String UInt64 VersionNumber abspath ccall convert cumsum current_task dlopen dlsym eachindex
-    eltype enumerate error fieldnames fieldtype filter finalizer findfirst first get getfield haskey
-    include isdefined isempty isfile isinteger isinteractive isodd isopen join keys last length lock
-    map merge min nameof new ntuple pointer pop! print push! reduce repr reverse size sizeof
-    something sprint task_local_storage throw typemax typemin typeof unsafe_load unsafe_store!
-    unsafe_string vcat
+    String UInt64 VersionNumber abspath ccall close convert cumsum current_task dlopen dlsym
+    eachindex eltype enumerate error fieldnames fieldtype filter finalizer findfirst first get
+    getfield haskey include isdefined isempty isfile isinteger isinteractive isodd isopen join keys
+    last length lock map merge min nameof new ntuple pairs pointer pop! print push! reduce repr
+    reverse size sizeof something sprint task_local_storage throw typemax typemin typeof unsafe_load
+    unsafe_store! unsafe_string vcat
     """.split()
 )
 

@@ -44,6 +44,11 @@ Most dimensions that a tensor can have.
 const MXT_MAX_RANK = 4
 
 """
+In place of a target: the position is no part of the loss, as -100 is in PyTorch.
+"""
+const MXT_IGNORED = 4294967295
+
+"""
 What a call returns: MXT_OK, or one of the negative numbers of mxt_status_code. Later versions
 may add codes, so treat an unknown negative number as an error.
 """
@@ -446,6 +451,18 @@ and its model's trainer, calls return MXT_ERROR_BUSY.
 const mxt_token_fn = Ptr{Cvoid}
 
 """
+Makes losses of logits, and their gradients, for some rows of a batch: rows come in their order,
+each once, some 32 MiB of logits at a time. All that `rows` points to is borrowed for the call.
+
+Returns 0 to go on; any other number ends mxt_trainer_forward_backward with MXT_STOPPED. A number
+that it writes and that is not finite shows at mxt_trainer_update, as MXT_ERROR_NOT_FINITE.
+
+Runs on the thread that called mxt_trainer_forward_backward. Calls on that trainer and its model
+return MXT_ERROR_BUSY. It must not throw or longjmp.
+"""
+const mxt_loss_fn = Ptr{Cvoid}
+
+"""
 Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation,
 and where that failed or was stopped.
 Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
@@ -522,7 +539,7 @@ Every rank computes its part of each step and has all of the model. For given `l
 trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
 
 Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
-mxt_trainer_new, _load, _load_as, _step, _step_tokens, _eval, _save and _run. All ranks make them in
+mxt_trainer_new, _load, _load_as, _step, _step_tokens, _update, _eval, _save and _run. All ranks make them in
 the same order with the same arguments, but for tokens that a rank brings, and folders: rank 0
 writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
@@ -964,6 +981,59 @@ struct mxt_memory_plan
     # Sums of lanes that are kept until others are added to them. 0 where a rank has one lane. What
     # ranks exchange takes up to 32 MiB of the host besides, which is not in the plan.
     exchange::UInt64
+end
+
+"""
+Some rows of a batch on their way through a loss of the host's. Position t of sequence b is row
+b * sequence_length + t.
+"""
+struct mxt_logits
+    # sizeof(mxt_logits), set by the library.
+    struct_size::Csize_t
+    # (rows, vocab_size), row-major, in the host's memory: logits, to be replaced by the gradient of
+    # each row's loss in them. Weights and divisor are not in it: the library multiplies.
+    logits::Ptr{Cfloat}
+    # (rows): the loss of each row, to be written.
+    losses::Ptr{Cfloat}
+    # The number of the first row.
+    first_row::UInt64
+    # How many there are.
+    rows::UInt64
+    # Logits of a row.
+    vocab_size::UInt64
+end
+
+"""
+What a trainer learns from in one go: batch_size sequences of sequence_length positions, as the
+trainer's options have them. Fill it with mxt_batch_init. Arrays have a number for each position,
+sequence after sequence; they are borrowed for the call, and may lie in memory of the engine's GPU,
+written before the call or on the engine's stream.
+"""
+struct mxt_batch
+    # Set by mxt_batch_init.
+    struct_size::Csize_t
+    # Numbers in each array: batch_size * sequence_length.
+    count::Csize_t
+    # What the model reads.
+    tokens::Ptr{UInt32}
+    # What it is to predict at each position, or MXT_IGNORED. The next token, for a language model.
+    # May be NULL with `loss`, which is of all positions then.
+    targets::Ptr{UInt32}
+    # A factor of each position's loss: 0 for what is not to be learned, as a prompt or padding.
+    # NULL (default) is 1 for each.
+    weights::Ptr{Cfloat}
+    # What the sum of weighted losses is divided by, together with the divisors of the step's other
+    # batches. 0 (default) is the sum of the weights of targets that are not ignored, so that the
+    # step's loss is the mean over what counts. Weights that may be below 0, as advantages are, need
+    # another one, such as `count`.
+    divisor::Cdouble
+    # Where the loss of each position is written, without its weight, 0 where the target is ignored;
+    # or NULL (default).
+    losses::Ptr{Cfloat}
+    # In place of cross-entropy, or NULL (default).
+    loss::mxt_loss_fn
+    # Passed to `loss`.
+    user_data::Ptr{Cvoid}
 end
 
 """
@@ -2120,7 +2190,7 @@ Does one optimizer step on the next windows of `dataset` and stores what it did 
 (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
-than a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
+than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
 dataset, also where this step does not read it), MXT_ERROR_IO (a file of the dataset has become
 shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or
 moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the
@@ -2146,7 +2216,7 @@ ranks each brings those of its own batches: accumulation / N, from rank * accumu
 in memory of the engine's GPU, written before the call or on the engine's stream.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count; an
-optimizer with \"ramping\", which draws windows of its own), MXT_ERROR_TOKEN_RANGE,
+optimizer with \"ramping\", which draws windows of its own; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE,
 MXT_ERROR_NOT_FINITE (the weights are as before the step), MXT_ERROR_BUSY.
 """
 function mxt_trainer_step_tokens(trainer, tokens, count, stats)
@@ -2372,6 +2442,135 @@ function mxt_plan(engine, config, options, result)
         config::Ptr{mxt_model_config},
         options::Ptr{mxt_trainer_options},
         result::Ptr{mxt_memory_plan}
+    )::mxt_status
+end
+
+"""
+    mxt_batch_init(batch, struct_size)
+
+Fills `batch` with the defaults. `struct_size` is sizeof(mxt_batch) as the caller's header has it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_batch_init(batch, struct_size)
+    return @ccall libmxfp4train.mxt_batch_init(
+        batch::Ptr{mxt_batch},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_forward_backward(trainer, batch)
+
+Computes the gradients of a batch, and adds them to those of the batches since the last update: of
+the sum of all weighted losses over the sum of divisors. mxt_trainer_update makes the step of them.
+Where `accumulation` such batches have no weights but 1, that step has the bits of
+mxt_trainer_step_tokens; any other number of batches is as good, but where the trainer has lanes,
+or is in a group of ranks, of which each gives its accumulation / ranks.
+
+It is not collective. mxt_trainer_step and its like return MXT_ERROR_INVALID_ARGUMENT while batches
+wait for an update; evaluating and saving go on, and a checkpoint does not have them.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; more
+batches than a step with lanes has; an optimizer with \"ramping\"), MXT_ERROR_TOKEN_RANGE,
+MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still wait then. MXT_STOPPED
+(`loss` returned another number than 0): none of them does any more, and the step begins anew.
+"""
+function mxt_trainer_forward_backward(trainer, batch)
+    return @ccall libmxfp4train.mxt_trainer_forward_backward(
+        trainer::Ptr{mxt_trainer},
+        batch::Ptr{mxt_batch}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_update(trainer, stats)
+
+One optimizer step by the gradients of all batches since the last one (mxt_trainer_forward_backward)
+and stores what it did in `*stats` (struct_size set by the caller; NULL if not wanted): clips, and
+moves the weights. Collective in a group of ranks.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no batch waits, or too
+few with lanes; or the divisors of all of them are not above 0 together, as where every target is
+ignored), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Weights and moments are then as before, and but for
+too few batches none waits any more.
+"""
+function mxt_trainer_update(trainer, stats)
+    return @ccall libmxfp4train.mxt_trainer_update(
+        trainer::Ptr{mxt_trainer},
+        stats::Ptr{mxt_step_stats}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_zero_gradients(trainer)
+
+Drops the gradients that wait for an update; the next batch begins a step anew.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_BUSY.
+"""
+function mxt_trainer_zero_gradients(trainer)
+    return @ccall libmxfp4train.mxt_trainer_zero_gradients(
+        trainer::Ptr{mxt_trainer}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_scale_gradients(trainer, tensor, factor)
+
+Multiplies the gradient that waits for an update by `factor`, of the tensor of this name or, where
+`tensor` is NULL, of all. `tensor` is borrowed for the call.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
+factor that is not finite; no gradient waits), MXT_ERROR_UNSUPPORTED (with lanes, or in a group),
+MXT_ERROR_BUSY.
+"""
+function mxt_trainer_scale_gradients(trainer, tensor, factor)
+    return @ccall libmxfp4train.mxt_trainer_scale_gradients(
+        trainer::Ptr{mxt_trainer},
+        tensor::Cstring,
+        factor::Cfloat
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_read_gradient(trainer, tensor, values, count)
+
+Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape that
+mxt_model_tensor_info gives: of the last step, before clipping; or, where batches wait for an update,
+of their loss so far (of this rank, and of its last lane). `values` may lie on the engine's GPU.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT
+(another count; the divisors of the batches are not above 0 together), MXT_ERROR_UNSUPPORTED (a
+tensor of which another rank has the gradient), MXT_ERROR_BUSY.
+"""
+function mxt_trainer_read_gradient(trainer, tensor, values, count)
+    return @ccall libmxfp4train.mxt_trainer_read_gradient(
+        trainer::Ptr{mxt_trainer},
+        tensor::Cstring,
+        values::Ptr{Cfloat},
+        count::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_write_gradient(trainer, tensor, values, count)
+
+Overwrites the gradient of a tensor that waits for an update, in the shape that
+mxt_model_tensor_info gives; mxt_trainer_read_gradient then reads the same. Where none waits, those of
+all other tensors are 0: a host may bring all gradients itself. `values` may lie on the engine's
+GPU.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (as for
+mxt_trainer_read_gradient), MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (with lanes, or in a group),
+MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+"""
+function mxt_trainer_write_gradient(trainer, tensor, values, count)
+    return @ccall libmxfp4train.mxt_trainer_write_gradient(
+        trainer::Ptr{mxt_trainer},
+        tensor::Cstring,
+        values::Ptr{Cfloat},
+        count::Csize_t
     )::mxt_status
 end
 

@@ -75,6 +75,17 @@ function on_token(user_data::Ptr{Cvoid}, token::UInt32)::Int32
     return guarded(() -> slot_function(user_data)(Int(token)))
 end
 
+function on_loss(user_data::Ptr{Cvoid}, rows::Ptr{Lib.mxt_logits})::Int32
+    return guarded() do
+        of = unsafe_load(rows)
+        before, count, vocab_size = Int(of.first_row), Int(of.rows), Int(of.vocab_size)
+        # A row of C is a column here. Both are C's memory, as long as the callback runs.
+        logits = Base.unsafe_wrap(Matrix{Float32}, of.logits, (vocab_size, count))
+        losses = Base.unsafe_wrap(Vector{Float32}, of.losses, count)
+        slot_function(user_data)(logits, losses, (before + 1):(before + count))
+    end
+end
+
 function on_log(user_data::Ptr{Cvoid}, level::Int32, line::Cstring)::Cvoid
     guarded() do
         slot_function(user_data)(log_level(level), unsafe_string(line))
@@ -121,6 +132,7 @@ bytes_at(start::Ptr{Cvoid}, count) = Base.unsafe_wrap(Vector{UInt8}, Ptr{UInt8}(
 step_function() =
     @cfunction(on_step, Int32, (Ptr{Cvoid}, Ptr{Lib.mxt_step_stats}, Ptr{Lib.mxt_eval_stats}))
 token_function() = @cfunction(on_token, Int32, (Ptr{Cvoid}, UInt32))
+loss_function() = @cfunction(on_loss, Int32, (Ptr{Cvoid}, Ptr{Lib.mxt_logits}))
 log_function() = @cfunction(on_log, Cvoid, (Ptr{Cvoid}, Int32, Cstring))
 all_to_all_function() =
     @cfunction(on_all_to_all, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, Ptr{Cvoid}, Csize_t))

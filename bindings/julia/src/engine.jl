@@ -25,11 +25,11 @@ throws ends the group: the call that needed it throws that, and every later one 
 not come in there, but after the step, as ever.
 
 Making an engine or a trainer, `MXFP4Train.load(Trainer, ...)`, `MXFP4Train.save(trainer, ...)`,
-[`step!`](@ref), [`evaluate!`](@ref) and [`run!`](@ref) are calls that all ranks make, in the same order
-with the same arguments, but for tokens, of which each brings its own, and folders, of which that of
-rank 0 is written to. What fails on one rank, fails on all, before anything is changed: the others get
-an error with status `MXT_ERROR_PEER` and its words. An answer of `:stop` in a run, or an exception
-there, ends the runs of all ranks in order.
+[`step!`](@ref), [`update!`](@ref), [`evaluate!`](@ref) and [`run!`](@ref) are calls that all ranks make,
+in the same order with the same arguments, but for tokens, of which each brings its own, and folders,
+of which that of rank 0 is written to. What fails on one rank, fails on all, before anything is changed:
+the others get an error with status `MXT_ERROR_PEER` and its words. An answer of `:stop` in a run, or an
+exception there, ends the runs of all ranks in order.
 
 With MPI.jl, which this package does not depend on:
 

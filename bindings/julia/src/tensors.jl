@@ -1,4 +1,4 @@
-# The weights of a model by name.
+# The weights of a model by name, and what else has a number for each of them.
 
 """
     tensors(model)
@@ -20,17 +20,19 @@ Change it as often as you like and assign it once:
 An array has C's dimensions in reverse order: a weight that is (in, out) in the checkpoint is an
 `out × in` matrix here, with no number moved.
 """
-tensors(model::Model) = Tensors(model)
+tensors(model::Model) = Tensors(model, model)
 
 """
-The dictionary that [`tensors`](@ref) makes. Reading an entry copies it out of the model.
+The dictionary that [`tensors`](@ref) and [`gradients`](@ref) make. Reading an entry copies it.
 """
 struct Tensors <: AbstractDict{String,Array{Float32}}
-    model::Model
+    # What has the values, for `read_values` and `write_values`.
+    source::Handle
     names::Vector{String}
     sizes::Dict{String,Tuple{Vararg{Int}}}
 
-    function Tensors(model::Model)
+    # Values of `source` for the tensors of `model`.
+    function Tensors(source::Handle, model::Model)
         names = String[]
         sizes = Dict{String,Tuple{Vararg{Int}}}()
         for index in 0:(Int(ask(Lib.mxt_model_tensor_count, model, 0)) - 1)
@@ -46,16 +48,14 @@ struct Tensors <: AbstractDict{String,Array{Float32}}
             push!(names, name[])
             sizes[name[]] = reverse(ntuple(i -> Int(shape[i]), Int(info[].rank)))
         end
-        return new(model, names, sizes)
+        return new(source, names, sizes)
     end
 end
 
 function Base.getindex(weights::Tensors, name::AbstractString)
     haskey(weights, name) || throw(KeyError(name))
     values = Array{Float32}(undef, weights.sizes[name])
-    call(weights.model) do
-        Lib.mxt_model_tensor_read(weights.model, name, values, length(values))
-    end
+    read_values(weights.source, name, values)
     return values
 end
 
@@ -65,11 +65,16 @@ function Base.setindex!(weights::Tensors, values::AbstractArray{<:Real}, name::A
     if size(values) != expected
         throw(DimensionMismatch("$name: expected size $expected, got $(size(values))"))
     end
-    copied = Array{Float32}(values)
-    call(weights.model) do
-        Lib.mxt_model_tensor_write(weights.model, name, copied, length(copied))
-    end
+    write_values(weights.source, name, Array{Float32}(values))
     return weights
+end
+
+function read_values(model::Model, name::AbstractString, values::Array{Float32})
+    return call(() -> Lib.mxt_model_tensor_read(model, name, values, length(values)), model)
+end
+
+function write_values(model::Model, name::AbstractString, values::Array{Float32})
+    return call(() -> Lib.mxt_model_tensor_write(model, name, values, length(values)), model)
 end
 
 function Base.setindex!(::Tensors, value, name::AbstractString)
@@ -96,7 +101,7 @@ Base.materialize!(entry::Entry, values::Base.Broadcast.Broadcasted) = write_entr
 Base.materialize!(entry::Entry, values) = write_entry(entry, values)
 
 function write_entry(entry::Entry, values)
-    # NOTE: not what the model has, so that nothing is read: all of it is overwritten.
+    # NOTE: not what is there, so that nothing is read: all of it is overwritten.
     filled = Array{Float32}(undef, entry.weights.sizes[entry.name])
     entry.weights[entry.name] = Base.materialize!(filled, values)
     return values

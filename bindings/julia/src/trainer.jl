@@ -123,18 +123,20 @@ function step_columns(trainer::Trainer, tokens::AbstractMatrix{<:Integer})
     # NOTE: not `ranks`, which is 0 where the engine is closed already.
     count = trainer.engine.group[].size
     expected = (how.sequence_length + 1, how.accumulation * how.batch_size ÷ count)
-    if size(tokens) != expected
-        # NOTE: C sees numbers in a row, and would train on a transposed matrix as on any other.
-        fix = reverse(size(tokens)) == expected ? "; permutedims(tokens) has it" : ""
-        part = count == 1 ? "" : " / $count ranks"
-        throw(
-            DimensionMismatch(
-                "tokens: expected a matrix of $(join(expected, '×')) (sequence_length + 1 by " *
-                "accumulation * batch_size$part), got $(join(size(tokens), '×'))$fix",
-            ),
-        )
-    end
+    part = count == 1 ? "" : " / $count ranks"
+    names = "sequence_length + 1 by accumulation * batch_size$part"
+    check_size("tokens", tokens, expected, names)
     return c_tokens("tokens", tokens)
+end
+
+# An error unless a matrix is of the expected size, which `names` explains; `what` names the matrix.
+#
+# NOTE: C sees numbers in a row, and would train on a transposed matrix as on any other.
+function check_size(what, matrix::AbstractMatrix, expected::Tuple{Int,Int}, names)
+    size(matrix) == expected && return nothing
+    fix = reverse(size(matrix)) == expected ? "; permutedims($what) has it" : ""
+    wanted, got = join(expected, '×'), join(size(matrix), '×')
+    throw(DimensionMismatch("$what: expected a matrix of $wanted ($names), got $got$fix"))
 end
 
 # Tells the other ranks of a step that is refused here, for which they would wait: by a step on no

@@ -152,6 +152,13 @@ end
         () -> run!(other, new_dataset(); steps = 1, eval_dataset = dataset),
         () -> step!(trainer, new_dataset()),
         () -> step!(trainer, zeros(Int, 17, 2)),
+        () -> forward_backward!(trainer, zeros(Int, 16, 2), zeros(Int, 16, 2)),
+        () -> forward_backward!((_...) -> nothing, trainer, zeros(Int, 16, 2)),
+        () -> update!(trainer),
+        () -> zero_gradients!(trainer),
+        () -> scale_gradients!(trainer, 2),
+        () -> scale_gradients!(trainer, WTE, 2),
+        () -> gradients(trainer),
         () -> evaluate!(trainer, new_dataset()),
         () -> run!(trainer, new_dataset(); steps = 1),
         () -> options(trainer),
@@ -366,6 +373,276 @@ end
     before = tensors(of_trainer)["transformer.ln_f.weight"]
     step!(trainer, dataset)
     @test tensors(of_trainer)["transformer.ln_f.weight"] != before
+end
+
+# Windows of a batch of `new_trainer()`, and their inputs and targets.
+windows(seed, columns = 2) = [(i * i + seed * (i + 5j)) % 29 for i in 1:17, j in 1:columns]
+inputs(windows) = windows[1:(end - 1), :]
+targets(windows) = windows[2:end, :]
+
+# Those of its results that are bits.
+bits(stats) = (stats.step, stats.loss, stats.grad_norm, stats.tokens, stats.raised_blocks)
+
+# Cross-entropy with label smoothing, as a program writes it.
+function smoothed(targets, smoothing)
+    return function (logits, losses, places)
+        for (column, place) in enumerate(places)
+            logit = view(logits, :, column)
+            log_p = logit .- maximum(logit)
+            log_p .-= log(sum(exp, log_p))
+            wanted = fill(Float32(smoothing / length(logit)), length(logit))
+            targets[place] == IGNORED || (wanted[targets[place] + 1] += 1 - smoothing)
+            losses[column] = -sum(wanted .* log_p)
+            logit .= exp.(log_p) .- wanted
+        end
+    end
+end
+
+@testset "a step in parts" begin
+    # The bits of whole steps, with weights of 1 and without, from any memory and of any numbers.
+    for accumulation in (1, 3)
+        how = (batch_size = 2, lr = 1e-2, accumulation = accumulation)
+        whole, parts = Trainer(new_model(); how...), Trainer(new_model(); how...)
+        for (seed, weights) in enumerate((nothing, ones(16, 2), trues(16, 2), ones(Int, 2, 16)'))
+            rows, losses, sum_of_losses = windows(seed, 2accumulation), fill(NaN, 16, 2), 0.0
+            expected = step!(whole, rows)
+            for batch in 1:accumulation
+                columns = view(rows, :, (2batch - 1):(2batch))
+                given = (view(columns, 1:16, :), UInt16.(targets(columns)))
+                @test forward_backward!(parts, given...; weights = weights, losses = losses) === nothing
+                sum_of_losses += sum(losses)
+            end
+            found = update!(parts)
+            @test bits(found) == bits(expected) && keys(found) == keys(expected)
+            @test isapprox(sum_of_losses / (32accumulation), found.loss; rtol = 1e-5)
+        end
+        @test tensors(Model(parts))[WTE] == tensors(Model(whole))[WTE]
+        @test steps_done(parts) == 4
+    end
+
+    # A mask of targets is one of weights, and what it hides does not matter.
+    trainer, rows = new_trainer(), windows(3)
+    mask = [i > 5j for i in 1:16, j in 1:2]
+    losses = Matrix{Float32}(undef, 16, 2)
+    @test IGNORED isa Int && IGNORED == typemax(UInt32)
+    masked = ifelse.(mask, targets(rows), IGNORED)
+    @test masked == replace(ifelse.(mask, Int32.(targets(rows)), Int32(-100)), -100 => IGNORED)
+    forward_backward!(trainer, inputs(rows), UInt32.(masked); losses = losses)
+    @test all((losses .> 0) .== mask)
+    of_masked, mean_of_masked = gradients(trainer)[WTE], sum(losses) / count(mask)
+    zero_gradients!(trainer)
+    forward_backward!(trainer, inputs(rows), targets(rows); weights = mask, losses = losses)
+    @test gradients(trainer)[WTE] == of_masked && all(losses .> 0)
+    stats = update!(trainer)
+    @test isapprox(stats.loss, mean_of_masked; rtol = 1e-5) && stats.tokens == 32
+    # Another divisor is another mean; weights below 0 need one.
+    for divisor in (count(mask), 2count(mask), nothing, 0)
+        forward_backward!(trainer, inputs(rows), masked; losses = losses, divisor = divisor)
+        part = something(divisor, 0) == 2count(mask) ? 2 : 1
+        @test isapprox(update!(trainer).loss, sum(losses) / count(mask) / part; rtol = 1e-5)
+    end
+    forward_backward!(trainer, inputs(rows), masked; weights = .-mask)
+    @test refuses(() -> update!(trainer), MXFP4Error, "pass a divisor")
+    forward_backward!(trainer, inputs(rows), masked; weights = .-mask, divisor = 32)
+    @test update!(trainer).loss < 0
+    # A mean over nothing is none.
+    forward_backward!(trainer, inputs(rows), fill(IGNORED, 16, 2); losses = losses)
+    @test iszero(losses) && refuses(() -> gradients(trainer)[WTE], MXFP4Error, "divisor")
+    @test refuses(() -> update!(trainer), MXFP4Error, "every target is ignored")
+    @test refuses(() -> update!(trainer), MXFP4Error, "call forward_backward first")
+end
+
+@testset "losses of the program" begin
+    # Without smoothing it is the library's own, up to rounding.
+    own, trainer = [Trainer(new_model(); batch_size = 2, lr = 1e-2, recipe = "fp32") for _ in 1:2]
+    for seed in 1:3
+        rows = windows(seed)
+        predicted = targets(rows)
+        predicted[4:6, 2] .= IGNORED
+        weights = [0.5 + i % 2 for i in 1:16, _ in 1:2]
+        losses = [fill(NaN, 16, 2), fill(NaN, 16, 2)]
+        forward_backward!(own, inputs(rows), predicted; weights = weights, losses = losses[1])
+        loss = smoothed(predicted, 0)
+        forward_backward!(loss, trainer, inputs(rows), predicted; weights = weights, losses = losses[2])
+        @test isapprox(losses[1], losses[2]; rtol = 1e-5) && iszero(losses[2][4:6, 2])
+        @test isapprox(gradients(own)[WTE], gradients(trainer)[WTE]; rtol = 1e-4)
+        @test isapprox(update!(own).loss, update!(trainer).loss; rtol = 1e-5)
+    end
+    # With it, it learns; what it captures it may change, and the collector may be at work.
+    rows, counted, places_of = windows(1), Int[], Int[]
+    learned = map(1:40) do step
+        smooth = smoothed(targets(rows), 0.1)
+        forward_backward!(trainer, inputs(rows)) do logits, losses, places
+            @assert logits isa Matrix{Float32} && losses isa Vector{Float32}
+            @assert size(logits) == (32, length(places)) && length(losses) == length(places)
+            append!(places_of, places)
+            step % 10 == 0 && GC.gc()
+            yield()
+            smooth(logits, losses, places)
+            push!(counted, step)
+            return false
+        end
+        update!(trainer).loss
+    end
+    @test learned[end] < learned[1] - 0.5 && counted == 1:40 && places_of == repeat(1:32, 40)
+    # Places go on where a part ends.
+    wide = Model(new_engine(); SMALL..., vocab_size = 60_000, channels = 2)
+    of_wide = Trainer(wide; batch_size = 10, recipe = "fp32")
+    parts, squares = UnitRange{Int}[], fill(NaN, 16, 10)
+    forward_backward!(of_wide, zeros(Int, 16, 10); losses = squares) do logits, losses, places
+        push!(parts, places)
+        losses .= places
+        logits .= 0
+    end
+    @test length(parts) > 1 && vcat(parts...) == 1:160 && squares == reshape(1:160, 16, 10)
+    stats = update!(of_wide)
+    @test stats.grad_norm == 0 && isapprox(stats.loss, sum(1:160) / 160)
+
+    # What a loss throws arrives, as does an answer that it may not give, and no batch waits any more.
+    before = tensors(Model(trainer))[WTE]
+    for (loss, is_expected) in (
+        ((_...) -> throw(Enough(7)), error -> error === Enough(7)),
+        ((_...) -> throw(InterruptException()), error -> error isa InterruptException),
+        ((_...) -> :stop, error -> error.status == Lib.MXT_STOPPED),
+        ((_...) -> :halt, error -> error isa ArgumentError && occursin(":halt", error.msg)),
+        (() -> nothing, error -> error isa MethodError),
+    )
+        forward_backward!(trainer, inputs(rows), targets(rows))
+        @test is_expected(thrown(() -> forward_backward!(loss, trainer, inputs(rows))))
+        @test refuses(() -> update!(trainer), MXFP4Error, "call forward_backward first")
+    end
+    @test tensors(Model(trainer))[WTE] == before
+    # The losses of a call that fails are not written.
+    losses = fill(NaN, 16, 2)
+    thrown(() -> forward_backward!((_...) -> throw(Enough(1)), trainer, inputs(rows); losses = losses))
+    @test all(isnan, losses)
+    # Meanwhile trainer and model are busy.
+    inner = Int32[]
+    forward_backward!(trainer, inputs(rows)) do logits, losses, places
+        for use in (
+            () -> update!(trainer),
+            () -> zero_gradients!(trainer),
+            () -> scale_gradients!(trainer, 2),
+            () -> gradients(trainer)[WTE],
+            () -> tensors(Model(trainer))[WTE] = before,
+            () -> forward_backward!(trainer, inputs(rows), targets(rows)),
+        )
+            push!(inner, status_of(use))
+        end
+        # Others are not, whose exceptions stay there.
+        thrown(() -> forward_backward!((_...) -> throw(Enough(1)), own, inputs(rows))) === Enough(1) ||
+            throw(Enough(2))
+        smoothed(targets(rows), 0)(logits, losses, places)
+    end
+    @test inner == fill(Lib.MXT_ERROR_BUSY, 6) && update!(trainer).loss > 0
+    # A number that is not finite shows at the update.
+    forward_backward!((logits, _, _) -> fill!(logits, NaN), trainer, inputs(rows))
+    @test status_of(() -> update!(trainer)) == Lib.MXT_ERROR_NOT_FINITE
+    @test step!(trainer, rows).loss > 0
+    # Closed by its own loss.
+    @test thrown(() -> forward_backward!((_...) -> close(trainer), trainer, inputs(rows))) === nothing
+    @test !isopen(trainer)
+end
+
+@testset "gradients" begin
+    dataset, rows, trainer = new_dataset(), windows(2), new_trainer()
+    weights = tensors(Model(trainer))
+    found = gradients(trainer)
+    @test found isa Tensors && keys(found) == keys(weights) && length(found) == length(weights)
+    @test all(size(found[name]) == size(weights[name]) for name in keys(found))
+    # Of the last step, before clipping.
+    norm() = sqrt(sum(sum(abs2, Float64.(values)) for (_, values) in gradients(trainer)))
+    @test isapprox(step!(trainer, dataset).grad_norm, norm(); rtol = 1e-5)
+    # Of batches that wait.
+    forward_backward!(trainer, inputs(rows), targets(rows))
+    before = found[WTE]
+    @test update!(trainer).grad_norm > 0 && found[WTE] == before
+    forward_backward!(trainer, inputs(rows), targets(rows))
+    first_one = Dict(found)
+    @test scale_gradients!(trainer, 4) === nothing
+    @test scale_gradients!(trainer, SubString(LN), 0.5) === nothing
+    @test found[WTE] == 4first_one[WTE] && found[LN] == 2first_one[LN]
+    scale_gradients!(trainer, 0.25)
+    found[LN] .*= 2
+    @test all(isapprox(found[name], first_one[name]; rtol = 1e-6) for name in keys(found))
+    found[LN] = 1:16
+    @test isapprox(found[LN], 1:16; rtol = 1e-6)
+    # A vocabulary × channels array of C is channels × vocabulary here, as the weights are.
+    matrix = reshape(collect(1.0:512.0), 16, 32)
+    found[WTE] = matrix
+    found["transformer.wpe.weight"] .= 0
+    @test isapprox(found[WTE], matrix; rtol = 1e-6) && iszero(found["transformer.wpe.weight"])
+    @test isapprox(norm(), update!(trainer).grad_norm; rtol = 1e-5)
+    # A program may bring them all: the same step.
+    source, sink = new_trainer(), new_trainer()
+    forward_backward!(source, inputs(rows), targets(rows))
+    brought = Dict(gradients(source))
+    gradients(sink)[LN] = brought[LN]
+    @test iszero(gradients(sink)[WTE]) && gradients(sink)[LN] == brought[LN]
+    foreach(((name, values),) -> gradients(sink)[name] = values, brought)
+    expected, stats = update!(source), update!(sink)
+    @test stats.grad_norm == expected.grad_norm && stats.loss == 0 && stats.tokens == 0
+    @test tensors(Model(sink))[WTE] == tensors(Model(source))[WTE]
+    forward_backward!(source, inputs(rows), targets(rows))
+    @test zero_gradients!(source) === nothing
+    @test status_of(() -> update!(source)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+
+    # What is refused leaves what waits.
+    plain, refusing = new_trainer(), new_trainer()
+    foreach(t -> forward_backward!(t, inputs(rows), targets(rows)), (plain, refusing))
+    waiting = "wait for an update"
+    @test refuses(() -> step!(refusing, rows), MXFP4Error, waiting)
+    @test refuses(() -> run!(refusing, dataset; steps = 1), MXFP4Error, waiting)
+    @test evaluate!(refusing, dataset; max_batches = 1).loss > 0
+    give(; tokens = inputs(rows), targets = targets(rows), fields...) =
+        forward_backward!(refusing, tokens, targets; fields...)
+    for (wrong, got) in (
+        (rows, "17×2"),
+        (inputs(rows)', "2×16; permutedims("),
+        (inputs(rows)[:, 1:1], "16×1"),
+    )
+        for (name, use) in (
+            ("tokens", () -> give(tokens = wrong)),
+            ("targets", () -> give(targets = wrong)),
+            ("weights", () -> give(weights = wrong)),
+            ("losses", () -> give(losses = Float32.(wrong))),
+        )
+            expected = "$name: expected a matrix of 16×2 (sequence_length by batch_size), got $got"
+            @test refuses(use, DimensionMismatch, expected)
+        end
+    end
+    @test refuses(() -> give(targets = fill(-100, 16, 2)), ArgumentError, "targets: expected tokens")
+    @test refuses(() -> give(tokens = fill(-100, 16, 2)), ArgumentError, "tokens: expected tokens")
+    @test refuses(() -> give(divisor = "2"), ArgumentError, "divisor: expected a number")
+    for (status, use) in (
+        (Lib.MXT_ERROR_TOKEN_RANGE, () -> give(tokens = fill(32, 16, 2))),
+        (Lib.MXT_ERROR_TOKEN_RANGE, () -> give(targets = fill(32, 16, 2))),
+        (Lib.MXT_ERROR_TOKEN_RANGE, () -> give(tokens = fill(IGNORED, 16, 2))),
+        (Lib.MXT_ERROR_NOT_FINITE, () -> give(weights = fill(1e300, 16, 2))),
+        (Lib.MXT_ERROR_INVALID_ARGUMENT, () -> give(divisor = NaN)),
+        (Lib.MXT_ERROR_NULL, () -> forward_backward!(nothing, refusing, inputs(rows))),
+        (Lib.MXT_ERROR_INVALID_ARGUMENT, () -> scale_gradients!(refusing, Inf)),
+        (Lib.MXT_ERROR_NO_SUCH_TENSOR, () -> scale_gradients!(refusing, "no.such", 1)),
+        (Lib.MXT_ERROR_NOT_FINITE, () -> gradients(refusing)[LN] .= NaN),
+    )
+        @test status_of(use) == status
+    end
+    @test refuses(() -> scale_gradients!(refusing, "a\0b", 1), ArgumentError, "name: ")
+    @test_throws KeyError gradients(refusing)["no.such"]
+    @test_throws DimensionMismatch gradients(refusing)[LN] = 1:15
+    @test bits(update!(refusing)) == bits(update!(plain))
+    @test status_of(() -> scale_gradients!(refusing, 1)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    # With lanes there are as many batches as there are, and gradients are parts of a sum.
+    lanes = Trainer(new_model(); batch_size = 2, lanes = 2)
+    forward_backward!(lanes, inputs(rows), targets(rows))
+    @test refuses(() -> update!(lanes), MXFP4Error, "expected 2 batches")
+    @test status_of(() -> scale_gradients!(lanes, 1)) == Lib.MXT_ERROR_UNSUPPORTED
+    @test status_of(() -> gradients(lanes)[LN] .= 0) == Lib.MXT_ERROR_UNSUPPORTED
+    forward_backward!(lanes, inputs(rows), targets(rows))
+    @test update!(lanes).tokens == 64
+    # A trainer that is closed has none.
+    close(trainer)
+    @test status_of(() -> found[WTE]) == Lib.MXT_ERROR_NULL
 end
 
 @testset "updates and weights are watched" begin
@@ -779,6 +1056,11 @@ end
             stats = step!(trainer, tokens[:, (rank * columns + 1):((rank + 1) * columns)])
             push!(losses, stats.loss, evaluate!(trainer, dataset).loss)
             path = joinpath(folder, string(count))
+            for column in (rank * columns + 1):2:((rank + 1) * columns)
+                batch = tokens[:, column:(column + 1)]
+                forward_backward!(trainer, inputs(batch), targets(batch))
+            end
+            push!(losses, update!(trainer).loss)
             run = run!(trainer, dataset; steps = 3, eval_dataset = dataset, save_dir = path)
             push!(losses, run.last_loss, run.last_eval_loss)
             @assert options(trainer).accumulation == 2 && stats.tokens == 64
