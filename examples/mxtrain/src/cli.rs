@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Prepare(PrepareArgs),
     /// Train a model, or go on with a run
     Train(Box<TrainArgs>),
+    /// Teach a model answers to prompts: train with --examples, from --init-from
+    Finetune(Box<TrainArgs>),
     /// Measure a checkpoint's loss on token files
     Eval(Box<EvalArgs>),
     /// Continue a text
@@ -275,15 +277,45 @@ pub(crate) struct DataArgs {
     pub(crate) val: Option<OsString>,
 
     #[command(flatten)]
+    pub(crate) examples: ExampleArgs,
+
+    #[command(flatten)]
     pub(crate) tokens: TokenArgs,
 
     /// Number of different tokens [default: what the data or its tokenizer says]
     #[arg(long, value_name = "N")]
     pub(crate) vocab_size: Option<usize>,
 
-    /// Tokenizer that made the files of --train, bytes or gpt2; needed only to print samples
+    /// Tokenizer that made the files of --train, bytes or gpt2, needed only to print samples; or of
+    /// --examples [default: that of the checkpoint]
     #[arg(long, value_name = "NAME", hide_possible_values = true)]
     pub(crate) tokenizer: Option<Tokenizer>,
+}
+
+/// Prompts and answers to learn from.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct ExampleArgs {
+    /// Examples to learn from instead of --data: JSON lines, each an object with a prompt and an answer,
+    /// of which the answer is learned, and where it ends
+    #[arg(long, value_name = "FILE")]
+    pub(crate) examples: Option<PathBuf>,
+
+    /// Examples for validation, with --examples
+    #[arg(long, value_name = "FILE")]
+    pub(crate) val_examples: Option<PathBuf>,
+
+    /// Field of an example that holds the prompt
+    #[arg(long, value_name = "NAME", default_value = "prompt")]
+    pub(crate) prompt_field: String,
+
+    /// Field of an example that holds the answer
+    #[arg(long, value_name = "NAME", default_value = "answer")]
+    pub(crate) answer_field: String,
+
+    /// What stands between a prompt and its answer, and is to end prompts of `mxtrain generate`
+    /// [default: a line break]
+    #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true)]
+    pub(crate) between: String,
 }
 
 /// How token files are read.

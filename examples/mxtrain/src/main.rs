@@ -38,7 +38,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 
-use cli::Command;
+use cli::{Command, DataArgs};
 use failure::{Failure, Outcome};
 use parse::Parsed;
 use run_file::RunFile;
@@ -70,6 +70,7 @@ fn run(parsed: &Parsed) -> Outcome<ExitCode> {
     match &parsed.cli.command {
         Command::Prepare(args) => prepare::run(args),
         Command::Train(args) => train::run(args, parsed),
+        Command::Finetune(args) => train::finetune(args, parsed),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Export(args) => export::run(args),
@@ -86,6 +87,7 @@ fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
     let mut options = Vec::new();
     let (config, sub) = match &parsed.cli.command {
         Command::Train(train) => (train.config.as_deref(), "train"),
+        Command::Finetune(train) => (train.config.as_deref(), "finetune"),
         Command::Plan(plan) => (plan.config.as_deref(), "plan"),
         _ => return Ok(parsed),
     };
@@ -93,10 +95,11 @@ fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
         options = config_file::read(file, sub)?;
         parsed = parse::parse_or_fail(&parse::insert(args, &options))?;
     }
-    if let Command::Train(train) = &parsed.cli.command
+    if let Command::Train(train) | Command::Finetune(train) = &parsed.cli.command
         && let Some(dir) = &train.start.resume
     {
-        let other_data = train.data.data.is_some() || train.data.train.is_some();
+        let DataArgs { data, train: files, examples, .. } = &train.data;
+        let other_data = data.is_some() || files.is_some() || examples.examples.is_some();
         let Some(run) = RunFile::read(dir)? else {
             // Data that are not named should not be the first complaint.
             if !other_data && !train::is_checkpoint(dir) {

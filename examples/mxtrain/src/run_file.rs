@@ -36,7 +36,19 @@ const VERSION: u32 = 1;
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_');
 
 /// The options that it may set: those that name data,
-const DATA_OPTIONS: [&str; 6] = ["data", "train", "val", "token-type", "vocab-size", "tokenizer"];
+const DATA_OPTIONS: [&str; 11] = [
+    "data",
+    "train",
+    "val",
+    "token-type",
+    "vocab-size",
+    "tokenizer",
+    "examples",
+    "val-examples",
+    "prompt-field",
+    "answer-field",
+    "between",
+];
 /// and those that say what a run does.
 const RUN_OPTIONS: [&str; 8] = [
     "steps",

@@ -17,7 +17,7 @@ use super::RECIPES;
 use super::cli::GradientsArgs;
 use super::moments::{Moments, Statistics};
 use super::record::{self, DataRecord, Origin, Record};
-use crate::cli::{DataArgs, TokenArgs, TokenType};
+use crate::cli::{DataArgs, ExampleArgs, TokenArgs, TokenType};
 use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::machine;
@@ -159,6 +159,7 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
         data: Some(args.data.clone()),
         train: None,
         val: None,
+        examples: ExampleArgs::default(),
         tokens: TokenArgs { token_type: TokenType(None) },
         vocab_size: None,
         tokenizer: None,

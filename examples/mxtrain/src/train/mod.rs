@@ -1,6 +1,7 @@
 //! `mxtrain train`: the loop around the library's trainer, with its evaluations, samples, saves and
 //! reports.
 
+mod examples;
 mod log;
 mod saves;
 mod setup;
@@ -47,6 +48,22 @@ pub(crate) const LOST_ON_THE_SIDE: u8 = 3;
 const PANICKED: u8 = 101;
 /// Tokens of a sample on the way.
 const SAMPLE_TOKENS: usize = 200;
+
+/// Runs `mxtrain finetune`, which is `mxtrain train` of examples.
+pub(crate) fn finetune(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
+    if args.start.init_from.is_none() && args.start.resume.is_none() {
+        return Err(Failure::usage(
+            "--init-from DIR is missing: the model to finetune (or --resume DIR of such a run)",
+        ));
+    }
+    if args.data.examples.examples.is_none() {
+        return Err(Failure::usage(
+            "--examples FILE is missing: JSON lines with a prompt and an answer each (`mxtrain train \
+             --init-from` trains on text)",
+        ));
+    }
+    run(args, parsed)
+}
 
 /// Runs the command.
 pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
@@ -111,7 +128,7 @@ fn follow_with(
     // Without a log: rank 0 says what there is to say.
     let engine =
         Engine::new(EngineOptions { device, threads, seed, group, ..EngineOptions::default() })?;
-    let data = Data::open(&args.data)?;
+    let data = Data::of_run(args)?;
     let mut trainer = Start::new(args, parsed, &data, &engine)?.trainer(&engine)?;
     trainer.set_sharpness(args.report.sharpness.sharpness)?;
     let batches = args.report.measure.eval_batches;
@@ -180,7 +197,7 @@ impl Run {
         signals: &Signals,
         leader: &mut Option<Leader>,
     ) -> Outcome<Self> {
-        let data = Data::open(&args.data)?;
+        let data = Data::of_run(args)?;
         if args.report.sample_every > 0 && data.tokenizer.is_none() {
             return Err(Failure::usage(
                 "--sample-every: needs --tokenizer to turn tokens into text",
@@ -531,8 +548,10 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
     let sequence = start.sequence_length();
     let step_tokens = (options.batch_size * options.accumulation * sequence) as u64;
     let run_tokens = steps.saturating_mul(step_tokens);
-    let train_tokens = data.train.token_count();
-    let passes = run_tokens as f64 / train_tokens.max(1) as f64;
+    let passes = match &data.examples {
+        Some(of) => (run_tokens / sequence as u64) as f64 / of.train.examples as f64,
+        None => run_tokens as f64 / data.train.token_count().max(1) as f64,
+    };
     let tokenizer = data.tokenizer.map_or_else(String::new, |t| format!(", tokenizer {t}"));
     let from = match start {
         Start::New(..) => "new".to_owned(),
@@ -545,13 +564,12 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         data.notes(sequence).iter().map(|note| format!("            {note}\n")).collect();
     format!(
         "machine     {about}\n\
-         data        {}: {} tokens, {} for validation{tokenizer}, vocabulary {}\n{notes}\
+         data        {}: {}{tokenizer}, vocabulary {}\n{notes}\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
          step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}{drop}\n\
          run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
         console::plain(&data.name),
-        HumanCount(train_tokens),
-        HumanCount(data.val.as_ref().map_or(0, Dataset::token_count)),
+        data.in_words(),
         HumanCount(config.vocab_size as u64),
         config.layers,
         config.channels,

@@ -13,11 +13,13 @@ use mxfp4train::{
     TokenDrop, Trainer, TrainerOptions,
 };
 
+use super::examples::{self, Examples, Size};
 use super::log::Log;
 use super::saves::{FILES, Origin};
 use super::tensorboard::TensorBoard;
 use crate::cli::{
-    BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TokenArgs, TrainArgs, VariantArgs,
+    BatchArgs, DataArgs, ExampleArgs, ModelArgs, OptimizerArgs, StartArgs, TokenArgs, TrainArgs,
+    VariantArgs,
 };
 use crate::console;
 use crate::failure::{Failure, Outcome};
@@ -39,16 +41,111 @@ pub(crate) struct Data {
     pub(crate) tokenizer: Option<Tokenizer>,
     /// Tokens are below this number, where it is known.
     pub(crate) vocab_size: Option<usize>,
+    /// Where they are examples.
+    pub(crate) examples: Option<OfExamples>,
+}
+
+/// Examples of a run.
+pub(crate) struct OfExamples {
+    pub(crate) train: Size,
+    val: Option<Size>,
+    /// Tokens of each for training.
+    lengths: Vec<usize>,
 }
 
 impl Data {
+    /// Opens what a run learns from.
+    pub(crate) fn of_run(args: &TrainArgs) -> Outcome<Self> {
+        let Some(path) = &args.data.examples.examples else {
+            if args.data.examples.val_examples.is_some() {
+                return Err(Failure::usage("--val-examples goes with --examples"));
+            }
+            return Self::open(&args.data);
+        };
+        for (option, is_given) in [
+            ("data", args.data.data.is_some()),
+            ("train", args.data.train.is_some()),
+            ("val", args.data.val.is_some()),
+        ] {
+            if is_given {
+                return Err(Failure::usage(format!(
+                    "--{option} and --examples exclude each other"
+                )));
+            }
+        }
+        let StartArgs { resume, init_from, .. } = &args.start;
+        let tokenizer = match (args.data.tokenizer, resume.as_ref().or(init_from.as_ref())) {
+            (Some(tokenizer), _) => tokenizer,
+            (None, Some(dir)) => hugging_face::tokenizer_to_read(dir, None, usize::MAX)?,
+            (None, None) => {
+                return Err(Failure::usage(
+                    "--tokenizer is missing: how the text of --examples becomes tokens, bytes or gpt2",
+                ));
+            }
+        };
+        let read = |path: &Path| Examples::read(path, &args.data.examples, tokenizer);
+        let train = read(path)?;
+        let val = args.data.examples.val_examples.as_deref().map(read).transpose()?;
+        let examples = OfExamples {
+            train: train.size(),
+            val: val.as_ref().map(Examples::size),
+            lengths: train.lengths(),
+        };
+        Ok(Self {
+            train: train.dataset()?,
+            val: val.map(Examples::dataset).transpose()?,
+            name: path.display().to_string(),
+            tokenizer: Some(tokenizer),
+            vocab_size: Some(tokenizer.vocab_size()),
+            examples: Some(examples),
+        })
+    }
+
+    /// How much there is, in words.
+    pub(crate) fn in_words(&self) -> String {
+        let Some(OfExamples { train, val, .. }) = &self.examples else {
+            return format!(
+                "{} tokens, {} for validation",
+                HumanCount(self.train.token_count()),
+                HumanCount(self.val.as_ref().map_or(0, Dataset::token_count))
+            );
+        };
+        format!(
+            "{} examples of {} tokens, of which {} are learned, {} examples for validation",
+            HumanCount(train.examples),
+            HumanCount(train.tokens),
+            HumanCount(train.learned),
+            HumanCount(val.map_or(0, |val| val.examples))
+        )
+    }
+
+    /// Training tokens, by which a resumed run knows them.
+    fn tokens(&self) -> u64 {
+        match &self.examples {
+            Some(OfExamples { train, .. }) => train.tokens,
+            None => self.train.token_count(),
+        }
+    }
+
+    /// The shortest sequence that holds every example, or as much as a model can see.
+    fn sequence_length(&self, context: usize) -> Option<usize> {
+        let Size { longest, .. } = self.examples.as_ref()?.train;
+        // The last token of a window is only predicted.
+        Some((longest - 1).next_multiple_of(16).min(context))
+    }
+
     /// Opens the files that the options name.
     pub(crate) fn open(args: &DataArgs) -> Outcome<Self> {
+        if args.examples.examples.is_some() {
+            return Err(Failure::usage(
+                "--examples goes with `mxtrain train` and `mxtrain finetune`",
+            ));
+        }
         match (&args.data, &args.train) {
             (Some(_), Some(_)) => Err(Failure::usage("--data and --train exclude each other")),
             (None, None) => Err(Failure::usage(
                 "--data DIR is missing: a folder made by `mxtrain prepare` (or token files with \
-                 --train GLOB)",
+                 --train GLOB, or prompts and answers with --examples FILE)",
             )),
             (Some(_), None) if args.val.is_some() => {
                 Err(Failure::usage("--val goes with --train; the folder of --data has its own"))
@@ -69,6 +166,7 @@ impl Data {
                     name: dir.display().to_string(),
                     tokenizer: Some(meta.tokenizer),
                     vocab_size: Some(meta.vocab_size),
+                    examples: None,
                 })
             }
             (None, Some(pattern)) => Ok(Self {
@@ -77,6 +175,7 @@ impl Data {
                 name: pattern.display().to_string(),
                 tokenizer: args.tokenizer,
                 vocab_size: args.tokenizer.map(Tokenizer::vocab_size),
+                examples: None,
             }),
         }
     }
@@ -88,7 +187,9 @@ impl Data {
     pub(crate) fn check(&self, vocab_size: usize, sequence_length: usize) -> Outcome {
         self.train.check_tokens(vocab_size)?;
         self.train.windows(sequence_length)?;
-        let Some(val) = &self.val else { return Ok(()) };
+        let Some(val) = self.val.as_ref().filter(|_| self.examples.is_none()) else {
+            return Ok(());
+        };
         val.check_tokens(vocab_size)?;
         if val.coverage(sequence_length).longest < 2 {
             return Err(Failure::usage(format!(
@@ -101,6 +202,11 @@ impl Data {
 
     /// What should be known of data that these windows do not fit, one line each.
     pub(crate) fn notes(&self, sequence_length: usize) -> Vec<String> {
+        if let Some(OfExamples { train, lengths, .. }) = &self.examples {
+            let longer = lengths.iter().filter(|length| **length > sequence_length + 1).count();
+            let note = examples::note(longer as u64, sequence_length, train.longest);
+            return note.into_iter().collect();
+        }
         let train = self.train.coverage(sequence_length).warning("--sequence-length");
         let val = self.val.as_ref().and_then(|val| short_windows(val, sequence_length));
         train.into_iter().chain(val.map(|note| format!("validation: {note}"))).collect()
@@ -312,15 +418,24 @@ impl Start {
                 let config = model_config(&args.model, &args.variant, vocab_size)?;
                 let optimizer = Some(&args.optimizer);
                 let ranks = engine.size();
-                let options = trainer_options(&args.batch, recipe, optimizer, Weights::New, ranks)?;
+                let mut options =
+                    trainer_options(&args.batch, recipe, optimizer, Weights::New, ranks)?;
+                if options.sequence_length == 0 {
+                    options.sequence_length =
+                        data.sequence_length(config.context_length).unwrap_or(0);
+                }
                 Self::New(config, options)
             }
             (None, Some(dir)) => {
                 let optimizer = Some(&args.optimizer);
                 let ranks = engine.size();
-                let options =
+                let mut options =
                     trainer_options(&args.batch, recipe, optimizer, Weights::Trained, ranks)?;
                 let model = hugging_face::load(engine, dir)?;
+                if options.sequence_length == 0 {
+                    let of_data = data.sequence_length(model.config().context_length);
+                    options.sequence_length = of_data.unwrap_or(0);
+                }
                 require_shape(args, parsed, model.config(), "--init-from")?;
                 Self::Weights(model, options)
             }
@@ -575,7 +690,18 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     keep("val", args.data.val.as_deref().and_then(absolute_pattern));
     keep("token-type", args.data.tokens.token_type.0.map(text));
     keep("vocab-size", args.data.vocab_size.map(text));
-    keep("tokenizer", args.data.tokenizer.map(text));
+    let ExampleArgs { examples, val_examples, prompt_field, answer_field, between } =
+        &args.data.examples;
+    keep("examples", examples.as_deref().and_then(path));
+    keep("val-examples", val_examples.as_deref().and_then(path));
+    if examples.is_some() {
+        keep("prompt-field", Some(text(prompt_field)));
+        keep("answer-field", Some(text(answer_field)));
+        keep("between", Some(text(between)));
+    }
+    // Of examples the checkpoint may say it, which they are read by.
+    let tokenizer = args.data.tokenizer.or(data.tokenizer.filter(|_| examples.is_some()));
+    keep("tokenizer", tokenizer.map(text));
     keep("eval-every", args.report.measure.eval_every.map(text));
     keep("sharpness", args.report.sharpness.sharpness.map(text));
     keep("save-every", args.start.save_every.map(text));
@@ -590,7 +716,7 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
         keep(name, inside.map(OsStr::to_owned).or_else(|| place.map(PathBuf::into_os_string)));
     }
     let mut file = RunFile::new(data.tokenizer, options);
-    file.train_tokens = Some(data.train.token_count());
+    file.train_tokens = Some(data.tokens());
     file
 }
 
@@ -616,7 +742,7 @@ fn absolute_pattern(pattern: &OsStr) -> Option<OsString> {
 pub(crate) fn other_tokens(args: &TrainArgs, data: &Data) -> Outcome<Option<String>> {
     let Some(dir) = &args.start.resume else { return Ok(None) };
     let before = RunFile::read(dir)?.and_then(|file| file.train_tokens);
-    let now = data.train.token_count();
+    let now = data.tokens();
     Ok(before.filter(|&before| before != now).map(|before| {
         format!(
             "the run was saved with {} training tokens: from here on it sees others than it would have",

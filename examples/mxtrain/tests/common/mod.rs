@@ -44,7 +44,10 @@ pub fn failed(output: &Output, line: &str) -> String {
     assert_eq!(output.status.code(), Some(2), "mxtrain {line}: {error}");
     assert_eq!(error.lines().count(), 1, "mxtrain {line}: {error}");
     // Only `train` may have said what it is about to do.
-    assert!(output.stdout.is_empty() || line.starts_with("train"), "mxtrain {line}");
+    assert!(
+        output.stdout.is_empty() || line.starts_with("train") || line.starts_with("finetune"),
+        "mxtrain {line}"
+    );
     error.trim_end().strip_prefix("mxtrain: ").expect("the line names the program").to_owned()
 }
 

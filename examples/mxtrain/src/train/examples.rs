@@ -1,0 +1,223 @@
+//! Examples to learn answers from: JSON lines with a prompt and an answer each.
+//!
+//! An example is a window of its own: the prompt, the answer, the token that ends a text, and padding.
+//! Only the answer and its end are learned. Prompts are encoded by themselves, as `mxtrain generate`
+//! encodes them, so that the tokens that a model has learned to answer are those that it is asked with.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use indicatif::HumanCount;
+use mxfp4train::Dataset;
+use serde_json::{Map, Value};
+
+use crate::cli::ExampleArgs;
+use crate::failure::{Failure, Outcome};
+use crate::tokenizer::Tokenizer;
+
+/// Examples as tokens, one behind the other.
+pub(crate) struct Examples {
+    tokens: Vec<u16>,
+    all: Vec<Example>,
+    end: u16,
+}
+
+/// Where an example lies.
+#[derive(Clone, Copy)]
+struct Example {
+    first: usize,
+    /// Its first token that is learned.
+    answer: usize,
+    /// Behind its last.
+    end: usize,
+}
+
+/// How large they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Size {
+    pub(crate) examples: u64,
+    pub(crate) tokens: u64,
+    /// Of them, those that are learned.
+    pub(crate) learned: u64,
+    /// Tokens of the longest.
+    pub(crate) longest: usize,
+}
+
+impl Examples {
+    /// Reads a file.
+    pub(crate) fn read(path: &Path, args: &ExampleArgs, tokenizer: Tokenizer) -> Outcome<Self> {
+        let file = File::open(path).map_err(Failure::io("open", path))?;
+        let rows = serde_json::Deserializer::from_reader(BufReader::new(file)).into_iter();
+        let end = tokenizer.separator().unwrap_or(b'\n'.into());
+        let mut examples = Self { tokens: Vec::new(), all: Vec::new(), end };
+        for (number, row) in rows.enumerate() {
+            let row: Map<String, Value> = row.map_err(|error| {
+                Failure::usage(format!(
+                    "{}: {error}; expected JSON objects, one a line, with a prompt and an answer",
+                    path.display()
+                ))
+            })?;
+            let text = |name: &str| text_of(&row, name, (path, number + 1));
+            let prompt = text(&args.prompt_field)? + &args.between;
+            examples.push(&prompt, &text(&args.answer_field)?, tokenizer);
+        }
+        if examples.all.is_empty() {
+            return Err(Failure::usage(format!("{}: no example in it", path.display())));
+        }
+        Ok(examples)
+    }
+
+    fn push(&mut self, prompt: &str, answer: &str, tokenizer: Tokenizer) {
+        let first = self.tokens.len();
+        // Vocabularies of our tokenizers have 16 bits.
+        self.tokens.extend(tokenizer.encode_prompt(prompt).into_iter().map(|token| token as u16));
+        let of_answer = self.tokens.len();
+        self.tokens.extend(tokenizer.encode(answer));
+        self.tokens.push(self.end);
+        self.all.push(Example { first, answer: of_answer, end: self.tokens.len() });
+    }
+
+    pub(crate) fn size(&self) -> Size {
+        let learned = self.all.iter().map(|example| example.end - example.answer).sum::<usize>();
+        Size {
+            examples: self.all.len() as u64,
+            tokens: self.tokens.len() as u64,
+            learned: learned as u64,
+            longest: self.all.iter().map(|example| example.end - example.first).max().unwrap_or(0),
+        }
+    }
+
+    /// Tokens of each.
+    pub(crate) fn lengths(&self) -> Vec<usize> {
+        self.all.iter().map(|example| example.end - example.first).collect()
+    }
+
+    /// Writes an example to a window: of one that is longer, without the beginning of its prompt, or
+    /// where that is not enough without the end of its answer.
+    fn fill(&self, number: usize, tokens: &mut [u32], weights: &mut [f32]) {
+        let Example { first, answer, end } = self.all[number];
+        // Something has to be there that the answer follows.
+        let excess = (end - first).saturating_sub(tokens.len());
+        let first = first + excess.min(answer - first - 1);
+        let example = self.tokens[first..end].iter().map(|token| u32::from(*token));
+        let padded = example.chain(std::iter::repeat(self.end.into()));
+        tokens.iter_mut().zip(padded).for_each(|(to, token)| *to = token);
+        let learned = answer - first..end - first;
+        for (target, weight) in (1..).zip(weights) {
+            *weight = if learned.contains(&target) { 1.0 } else { 0.0 };
+        }
+    }
+
+    /// The windows of a run.
+    pub(crate) fn dataset(self) -> Outcome<Dataset> {
+        let count = self.all.len() as u64;
+        Ok(Dataset::from_windows(count, move |number, tokens, weights| {
+            self.fill(number as usize, tokens, weights);
+            Ok(())
+        })?)
+    }
+}
+
+/// What should be known of examples that windows do not hold.
+pub(crate) fn note(longer: u64, sequence_length: usize, longest: usize) -> Option<String> {
+    (longer > 0).then(|| {
+        format!(
+            "{} examples are longer than {} tokens (the longest has {longest}): of these the prompt \
+             begins later, or the answer ends earlier; --sequence-length takes more",
+            HumanCount(longer),
+            sequence_length + 1,
+        )
+    })
+}
+
+/// A string in an object's field.
+fn text_of(
+    row: &Map<String, Value>,
+    field: &str,
+    (path, number): (&Path, usize),
+) -> Outcome<String> {
+    const NAMED: usize = 8;
+    let place = || format!("{}: example {number}", path.display());
+    match row.get(field) {
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(other) => Err(Failure::usage(format!(
+            "{}: expected a string in the field {field:?}, found {other:.60}",
+            place()
+        ))),
+        None => {
+            let names: Vec<_> = row.keys().take(NAMED).map(String::as_str).collect();
+            Err(Failure::usage(format!(
+                "{}: expected the field {field:?}, found {}; name others with --prompt-field and \
+                 --answer-field",
+                place(),
+                if names.is_empty() { "no field".to_owned() } else { names.join(", ") }
+            )))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args() -> ExampleArgs {
+        ExampleArgs {
+            examples: None,
+            val_examples: None,
+            prompt_field: "prompt".into(),
+            answer_field: "answer".into(),
+            between: "=".into(),
+        }
+    }
+
+    fn read(text: &str) -> Outcome<Examples> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Examples::read(file.path(), &args(), Tokenizer::Bytes)
+    }
+
+    fn window(examples: &Examples, number: usize, length: usize) -> (String, Vec<f32>) {
+        let (mut tokens, mut weights) = (vec![0; length + 1], vec![1.0; length]);
+        examples.fill(number, &mut tokens, &mut weights);
+        (tokens.iter().map(|token| char::from(*token as u8)).collect(), weights)
+    }
+
+    #[test]
+    fn answers_and_their_ends_are_learned() {
+        let examples = read(
+            "{\"prompt\": \"1+2\", \"answer\": \"3\", \"other\": 5}\n\n{\"answer\":\"16\",\n\
+             \"prompt\":\"7+9\"}",
+        );
+        let examples = examples.unwrap();
+        let size = Size { examples: 2, tokens: 13, learned: 5, longest: 7 };
+        assert_eq!(examples.size(), size);
+        let whole = ("1+2=3\n\n\n".to_owned(), vec![0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
+        assert_eq!(window(&examples, 0, 7), whole);
+        let exact = ("7+9=16\n".to_owned(), vec![0.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+        assert_eq!(window(&examples, 1, 6), exact);
+        // Too long by two, and by more than its prompt has.
+        assert_eq!(window(&examples, 1, 4), ("9=16\n".to_owned(), vec![0.0, 1.0, 1.0, 1.0]));
+        assert_eq!(window(&examples, 1, 1), ("=1".to_owned(), vec![1.0]));
+        assert_eq!(examples.lengths(), [6, 7]);
+    }
+
+    #[test]
+    fn what_is_no_example_is_named() {
+        for (text, words) in [
+            ("", "no example in it"),
+            ("{\"prompt\": \"a\"}", "example 1: expected the field \"answer\", found prompt; name"),
+            ("{}", "found no field"),
+            (
+                "{\"prompt\": \"a\", \"answer\": \"b\"}\n{\"prompt\": 5, \"answer\": \"b\"}",
+                "example 2: expected a string in the field \"prompt\", found 5",
+            ),
+            ("{\"prompt\": \"a\"\n", "line 1"),
+            ("[1]", "expected JSON objects"),
+            ("text\n", "expected JSON objects"),
+        ] {
+            let failure = read(text).err().unwrap();
+            assert!(failure.message.contains(words), "{}", failure.message);
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Teaching a small model answers with the built program.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use common::{refuse, run_args, succeed};
+
+const PLACES: [(&str, &str); 6] = [
+    ("France", "Paris"),
+    ("Italy", "Rome"),
+    ("Japan", "Tokyo"),
+    ("Egypt", "Cairo"),
+    ("Peru", "Lima"),
+    ("Norway", "Oslo"),
+];
+
+/// A folder with a model of bytes in `base`, and examples.
+fn folder() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("text.txt"), include_str!("../../../tests/text/prose.txt")).unwrap();
+    succeed(dir.path(), "prepare text.txt --out data");
+    succeed(
+        dir.path(),
+        "train --data data --out base --steps 20 --layers 2 --heads 2 --channels 64 --context 64 \
+         --batch-size 4 --threads 1 --eval-batches 1",
+    );
+    let line = |(place, capital): (&str, &str)| {
+        format!("{{\"prompt\": \"The capital of {place} is?\", \"answer\": \"{capital}\"}}\n")
+    };
+    let text: String = PLACES.into_iter().map(line).collect();
+    fs::write(dir.path().join("capitals.jsonl"), text).unwrap();
+    dir
+}
+
+fn steps(dir: &Path, name: &str) -> Vec<(u64, f64)> {
+    let text = fs::read_to_string(dir.join(name)).unwrap();
+    let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let number = |row: &Value| (row["step"].as_u64().unwrap(), row["loss"].as_f64().unwrap());
+    rows.filter(|row| row["type"] == "step").map(|row| number(&row)).collect()
+}
+
+/// The model answers what it was taught, in as much as it was asked; a run that stops goes on with
+/// nothing but its folder, to the bit, and so does one of two processes.
+#[test]
+fn answers_are_learned_and_given() {
+    let dir = folder();
+    let dir = dir.path();
+    let settings = "--init-from base --examples capitals.jsonl --lr 3e-3 --threads 1 \
+                    --val-examples capitals.jsonl --eval-every 60 --batch-size 6";
+    let out = succeed(dir, &format!("finetune {settings} --out tuned --steps 120 --log a.jsonl"));
+    let data = "data        capitals.jsonl: 6 examples of 184 tokens, of which 33 are learned, 6 \
+                examples for validation, tokenizer bytes";
+    assert!(out.contains(data), "{out}");
+    // The longest is 32 tokens, of which the last is only predicted.
+    assert!(out.contains(" x 6 x 32 = "), "{out}");
+    assert!(out.contains("120.00 passes over the data"), "{out}");
+    for (place, capital) in PLACES {
+        let prompt = format!("The capital of {place} is?\n");
+        let output = run_args(
+            dir,
+            ["generate", "--checkpoint", "tuned", "--prompt", &prompt, "--greedy", "--stop", "\n"],
+        );
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains(capital), "{place}: {text}");
+    }
+
+    // Stopped after 60 of 120 steps.
+    succeed(dir, &format!("train {settings} --out half --steps 120 --log b.jsonl --save-every 60"));
+    let whole = steps(dir, "a.jsonl");
+    assert_eq!(whole, steps(dir, "b.jsonl"), "finetune is train of examples");
+    succeed(dir, "train --resume half --steps 125 --log c.jsonl");
+    assert_eq!(steps(dir, "c.jsonl").len(), 5);
+    let two = format!("finetune {settings} --out two --steps 5 --accumulation 2 --lanes 2");
+    succeed(dir, &format!("{two} --log d.jsonl"));
+    succeed(dir, &format!("{two} --ranks 2 --log e.jsonl --overwrite"));
+    assert_eq!(steps(dir, "d.jsonl"), steps(dir, "e.jsonl"));
+}
+
+#[test]
+fn what_cannot_be_finetuned_is_named() {
+    let dir = folder();
+    let dir = dir.path();
+    fs::write(dir.join("other.jsonl"), "{\"question\": \"a\", \"reply\": \"b\"}\n").unwrap();
+    for (line, words) in [
+        ("finetune --examples capitals.jsonl --steps 1", "--init-from DIR is missing"),
+        ("finetune --init-from base --steps 1", "--examples FILE is missing"),
+        ("finetune --init-from base --examples nowhere.jsonl --steps 1", "nowhere.jsonl"),
+        ("finetune --init-from base --examples text.txt --steps 1", "expected JSON objects"),
+        (
+            "finetune --init-from base --examples other.jsonl --steps 1",
+            "found question, reply; name others with --prompt-field",
+        ),
+        (
+            "finetune --init-from base --examples capitals.jsonl --data data --steps 1",
+            "--data and --examples exclude each other",
+        ),
+        ("train --data data --val-examples capitals.jsonl --steps 1", "--val-examples goes with"),
+        ("train --examples capitals.jsonl --steps 1", "--tokenizer is missing"),
+        ("finetune --init-from base --examples capitals.jsonl --tokenizer gpt2 --steps 1", "50257"),
+    ] {
+        let error = refuse(dir, line);
+        assert!(error.contains(words), "{line}: {error}");
+    }
+    // Too long for its windows.
+    let out = succeed(
+        dir,
+        "finetune --init-from base --examples capitals.jsonl --sequence-length 16 --steps 1 \
+         --out short --threads 1",
+    );
+    let note = "6 examples are longer than 17 tokens (the longest has 32)";
+    assert!(out.contains(note), "{out}");
+    // By other fields.
+    succeed(
+        dir,
+        "finetune --init-from base --examples other.jsonl --prompt-field question \
+         --answer-field reply --between => --steps 1 --out fields --threads 1",
+    );
+    succeed(dir, "train --resume fields --steps 2");
+}
