@@ -49,7 +49,7 @@ impl Examples {
     pub(crate) fn read(path: &Path, args: &ExampleArgs, tokenizer: Tokenizer) -> Outcome<Self> {
         let file = File::open(path).map_err(Failure::io("open", path))?;
         let rows = serde_json::Deserializer::from_reader(BufReader::new(file)).into_iter();
-        let end = tokenizer.separator().unwrap_or(b'\n'.into());
+        let end = tokenizer.separator().map_or_else(|| b'\n'.into(), u16::from);
         let mut examples = Self { tokens: Vec::new(), all: Vec::new(), end };
         for (number, row) in rows.enumerate() {
             let row: Map<String, Value> = row.map_err(|error| {

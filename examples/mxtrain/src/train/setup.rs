@@ -700,7 +700,8 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
         keep("between", Some(text(between)));
     }
     // Of examples the checkpoint may say it, which they are read by.
-    let tokenizer = args.data.tokenizer.or(data.tokenizer.filter(|_| examples.is_some()));
+    let of_data = || data.tokenizer.filter(|_| examples.is_some());
+    let tokenizer = args.data.tokenizer.or_else(of_data);
     keep("tokenizer", tokenizer.map(text));
     keep("eval-every", args.report.measure.eval_every.map(text));
     keep("sharpness", args.report.sharpness.sharpness.map(text));
