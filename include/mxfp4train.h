@@ -415,8 +415,8 @@ typedef void (*mxt_user_data_free_fn)(void *user_data);
 // trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
 //
 // Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
-// mxt_trainer_new, _load, _load_as, _step, _step_tokens, _update, _eval, _save and _run. All ranks
-// make them in the same order with the same arguments, but for tokens that a rank brings, and folders:
+// mxt_trainer_new, _load, _load_as, _step, _step_unless_stopped, _step_tokens, _update, _eval, _save
+// and _run. All ranks make them in the same order with the same arguments, but for tokens that a rank brings, and folders:
 // rank 0 writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 // has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
 // alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
@@ -1643,7 +1643,8 @@ mxt_status mxt_trainer_load_as(const struct mxt_engine *engine,
 mxt_status mxt_trainer_save(struct mxt_trainer *trainer, const char *dir);
 
 // Does one optimizer step on the next windows of `dataset` and stores what it did in `*stats`
-// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
+// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it, as it does
+// mxt_trainer_step_unless_stopped.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
 // than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside
@@ -1654,6 +1655,15 @@ mxt_status mxt_trainer_save(struct mxt_trainer *trainer, const char *dir);
 mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             struct mxt_step_stats *stats);
+
+// mxt_trainer_step, given up where a stop is asked for (mxt_trainer_request_stop, from any thread or
+// signal handler, or a callback that fills windows): it is seen before each batch of the step. The next
+// step then does the same from its beginning. The request stands until mxt_trainer_clear_stop.
+//
+// Errors: as mxt_trainer_step, and MXT_STOPPED: weights and moments are as before the step.
+mxt_status mxt_trainer_step_unless_stopped(struct mxt_trainer *trainer,
+                                           const struct mxt_dataset *dataset,
+                                           struct mxt_step_stats *stats);
 
 // Does one optimizer step on the caller's own tokens and stores what it did in `*stats`
 // (struct_size set by the caller; NULL if not wanted).

@@ -869,6 +869,13 @@ class Trainer {
     return detail::finish(status, stats);
   }
 
+  // The same, given up with MXT_STOPPED where a stop is asked for, before each of its batches.
+  outcome<StepStats> step_unless_stopped(const Dataset &dataset) {
+    auto stats = detail::sized<StepStats>();
+    const mxt_status status = mxt_trainer_step_unless_stopped(get(), dataset.get(), &stats);
+    return detail::finish(status, stats);
+  }
+
   // One optimizer step on accumulation * batch_size rows of sequence_length + 1 tokens.
   outcome<StepStats> step_tokens(view<const std::uint32_t> tokens) {
     auto stats = detail::sized<StepStats>();

@@ -92,8 +92,8 @@ pub enum mxt_wire {
 /// trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
 ///
 /// Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
-/// mxt_trainer_new, _load, _load_as, _step, _step_tokens, _update, _eval, _save and _run. All ranks
-/// make them in the same order with the same arguments, but for tokens that a rank brings, and folders:
+/// mxt_trainer_new, _load, _load_as, _step, _step_unless_stopped, _step_tokens, _update, _eval, _save
+/// and _run. All ranks make them in the same order with the same arguments, but for tokens that a rank brings, and folders:
 /// rank 0 writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 /// has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
 /// alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it

@@ -233,7 +233,8 @@ pub unsafe extern "C" fn mxt_trainer_save(
 }
 
 /// Does one optimizer step on the next windows of `dataset` and stores what it did in `*stats`
-/// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
+/// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it, as it does
+/// mxt_trainer_step_unless_stopped.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
 /// than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside
@@ -254,6 +255,31 @@ pub unsafe extern "C" fn mxt_trainer_step(
             let dataset = keep(dataset).ok_or_else(|| Failure::null("dataset"))?;
             out.put(trainer.exclusive(|trainer| {
                 let stats = trainer.step(&dataset.data)?;
+                Ok(mxt_step_stats::new(stats, trainer))
+            })?);
+            Ok(())
+        })
+    }
+}
+
+/// mxt_trainer_step, given up where a stop is asked for (mxt_trainer_request_stop, from any thread or
+/// signal handler, or a callback that fills windows): it is seen before each batch of the step. The next
+/// step then does the same from its beginning. The request stands until mxt_trainer_clear_stop.
+///
+/// Errors: as mxt_trainer_step, and MXT_STOPPED: weights and moments are as before the step.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_step_unless_stopped(
+    trainer: *mut mxt_trainer,
+    dataset: *const mxt_dataset,
+    stats: *mut mxt_step_stats,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_step_unless_stopped", trainer, |trainer| {
+            let out = Out::optional("stats", stats)?;
+            let dataset = keep(dataset).ok_or_else(|| Failure::null("dataset"))?;
+            out.put(trainer.exclusive(|trainer| {
+                let stats = trainer.step_unless_stopped(&dataset.data)?;
                 Ok(mxt_step_stats::new(stats, trainer))
             })?);
             Ok(())

@@ -296,6 +296,7 @@ int main(int argc, char **argv) {
   batch.targets = some;
 
   TRAINER_PANICS(mxt_trainer_step(trainer, dataset, &stats));
+  TRAINER_PANICS(mxt_trainer_step_unless_stopped(trainer, dataset, &stats));
   TRAINER_PANICS(mxt_trainer_step_tokens(trainer, some, BATCH * (CONTEXT + 1), &stats));
   TRAINER_PANICS(mxt_trainer_forward_backward(trainer, &batch));
   TRAINER_PANICS(mxt_trainer_update(trainer, &stats));

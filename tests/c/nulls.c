@@ -161,6 +161,8 @@ int main(void) {
   mxt_snapshot_free(snapshot);
   IS_NULL("trainer", mxt_trainer_step(NULL, dataset, &stats));
   IS_NULL("dataset", mxt_trainer_step(trainer, NULL, &stats));
+  IS_NULL("trainer", mxt_trainer_step_unless_stopped(NULL, dataset, &stats));
+  IS_NULL("dataset", mxt_trainer_step_unless_stopped(trainer, NULL, &stats));
   IS_NULL("trainer", mxt_trainer_step_tokens(NULL, tokens, 8, &stats));
   IS_NULL("tokens", mxt_trainer_step_tokens(trainer, NULL, 8, &stats));
   mxt_batch batch;

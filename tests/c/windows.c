@@ -5,9 +5,9 @@
 #include <math.h>
 
 typedef struct {
-  int calls, freed, fails_at;
+  int calls, freed, fails_at, stops_at;
   float weight;
-  mxt_trainer *trainer;
+  mxt_trainer *trainer, *stopped;
 } host;
 
 static void give_back(void *user_data) { ((host *)user_data)->freed++; }
@@ -18,6 +18,7 @@ static int32_t fill(void *user_data, uint64_t number, uint32_t *tokens, float *w
   CHECK(length == CONTEXT && number < 10 && h->freed == 0);
   if (h->trainer != NULL) RETURNS(MXT_ERROR_BUSY, mxt_trainer_update(h->trainer, NULL));
   if (++h->calls == h->fails_at) return 3;
+  if (h->calls == h->stops_at) mxt_trainer_request_stop(h->stopped);
   for (size_t i = 0; i <= length; i++) tokens[i] = (uint32_t)((i * i + number * i + number) % 29);
   for (size_t i = 0; i < length; i++) {
     CHECK(weights[i] == 1.0f);
@@ -104,6 +105,38 @@ int main(void) {
   CHECK(step(lent, filled).step == before + 1 && windows.freed == 0);
   mxt_dataset_free(filled);
   CHECK(windows.freed == 1);
+
+  /* A stop in the middle of a step of 32 batches: nothing of it is done, and the next is the same.
+   */
+  mxt_trainer_options options = small_options();
+  options.accumulation = 32;
+  host stopping = {0};
+  stopping.weight = 0.5f;
+  mxt_model *other_models[2] = {new_model(engine), new_model(engine)};
+  mxt_trainer *straight = NULL, *stopped = NULL;
+  OK(mxt_trainer_new(other_models[0], &options, &straight));
+  OK(mxt_trainer_new(other_models[1], &options, &stopped));
+  OK(mxt_dataset_from_windows(10, fill, &stopping, NULL, &filled));
+  stopping.stopped = stopped;
+  stopping.stops_at = 5 * BATCH;
+  mxt_step_stats stats;
+  stats.struct_size = sizeof stats;
+  FAILS(MXT_STOPPED, "as asked", mxt_trainer_step_unless_stopped(stopped, filled, &stats));
+  CHECK(stopping.calls == 5 * BATCH && mxt_trainer_steps_done(stopped) == 0);
+  FAILS(MXT_STOPPED, "as asked", mxt_trainer_step_unless_stopped(stopped, filled, &stats));
+  FAILS(MXT_STOPPED, "as asked", mxt_trainer_eval(stopped, filled, 0, &eval));
+  CHECK(stopping.calls == 5 * BATCH);
+  mxt_trainer_clear_stop(stopped);
+  for (int i = 0; i < 3; i++) {
+    const float expected = step(straight, filled).loss;
+    OK(mxt_trainer_step_unless_stopped(stopped, filled, &stats));
+    CHECK(stats.loss == expected);
+  }
+  mxt_dataset_free(filled);
+  mxt_trainer_free(straight);
+  mxt_trainer_free(stopped);
+  mxt_model_free(other_models[0]);
+  mxt_model_free(other_models[1]);
 
   mxt_dataset_free(datasets[0]);
   mxt_trainer_free(copied);

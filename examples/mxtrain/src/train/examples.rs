@@ -212,7 +212,7 @@ mod tests {
                 "{\"prompt\": \"a\", \"answer\": \"b\"}\n{\"prompt\": 5, \"answer\": \"b\"}",
                 "example 2: expected a string in the field \"prompt\", found 5",
             ),
-            ("{\"prompt\": \"a\"\n", "line 1"),
+            ("{\"prompt\": \"a\"\n", "EOF while parsing an object at line 2"),
             ("[1]", "expected JSON objects"),
             ("text\n", "expected JSON objects"),
         ] {
