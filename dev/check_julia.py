@@ -55,9 +55,9 @@ BASE = set(
     String UInt64 VersionNumber abspath ccall close convert cumsum current_task dlopen dlsym
     eachindex eltype enumerate error fieldnames fieldtype filter finalizer findfirst first get
     getfield haskey include isdefined isempty isfile isinteger isinteractive isodd isopen join keys
-    last length lock map merge min nameof new ntuple pairs pointer pop! print push! reduce repr
-    reverse size sizeof something sprint task_local_storage throw typemax typemin typeof unsafe_load
-    unsafe_store! unsafe_string vcat
+    last length lock map merge min nameof new ntuple pairs parent pointer pop! print push! reduce
+    repr reshape reverse size sizeof something sprint task_local_storage throw typemax typemin
+    typeof unsafe_load unsafe_store! unsafe_string vcat
     """.split()
 )
 
@@ -211,10 +211,7 @@ def c_layouts(header: c.Header) -> dict[str, tuple[int, dict[str, tuple[int, int
 
 def check_constants(header: c.Header, tree: Node) -> None:
     """Every value of an enum has its constant, an Int32 as values are in calls and structs."""
-    constants = {}
-    for node in of_type(tree, "const_statement"):
-        name, value = text(node).removeprefix("const ").split(" = ", 1)
-        constants[name] = value
+    constants = dict(constant(node) for node in of_type(tree, "const_statement"))
     for enum in header.enums:
         for name, value, _ in enum.values:
             compare(LOW, tree, f"constant {name}", f"Int32({value})", constants.get(name))
@@ -307,9 +304,7 @@ def defined_in(tree: Node) -> set[str]:
         if target.type == "call_expression":
             names.add(text(target.named_children[0]))
     # Other names of types.
-    for constant in of_type(tree, "const_statement"):
-        names.add(text(constant).removeprefix("const ").split(" = ")[0])
-    return names
+    return names | {constant(node)[0] for node in of_type(tree, "const_statement")}
 
 
 def parameters_in(tree: Node) -> set[str]:
@@ -348,6 +343,8 @@ def check_exports(trees: dict[Path, Node]) -> int:
 
 def defined_name(node: Node) -> str:
     """The name that a definition defines, or the empty string."""
+    if node.type == "const_statement":
+        return constant(node)[0]
     for head in ("type_head", "signature", "call_expression"):
         for found in of_type(node, head):
             return text(found).partition("(")[0].partition(" ")[0].strip()
@@ -394,9 +391,14 @@ def names_of(tree: Node) -> set[str]:
     """All that the low-level module defines."""
     names = {signature(d)[0] for d in of_type(tree, "function_definition")}
     names |= {text(h).strip() for h in of_type(tree, "type_head")}
-    constants = of_type(tree, "const_statement")
-    names |= {text(constant).removeprefix("const ").split(" = ")[0] for constant in constants}
+    names |= {constant(node)[0] for node in of_type(tree, "const_statement")}
     return names | {"libmxfp4train"}
+
+
+def constant(node: Node) -> tuple[str, str]:
+    """Name and value of a constant."""
+    name, value = text(node).removeprefix("const ").split(" = ", 1)
+    return name, value
 
 
 def signature(definition: Node) -> tuple[str, list[str]]:
