@@ -5,6 +5,7 @@
 #   make install PREFIX=/usr/local DESTDIR=
 #   make uninstall PREFIX=/usr/local DESTDIR=
 #   make portable                       # dist/, which runs with any glibc from $(FLOOR) on
+#   make wheel                          # the same for Python, dist/*.whl
 #
 # After an install to a system folder run ldconfig. Names may have blanks. Nothing that is installed
 # names PREFIX, so the tree may be moved as a whole.
@@ -77,4 +78,7 @@ portable: all
 	$(MAKE) --no-print-directory tree RELEASE=target/portable PREFIX=/ DESTDIR="$(CURDIR)/dist" \
 	  BINDIR=/bin LIBDIR=/lib INCLUDEDIR=/include DATADIR=/share
 
-.PHONY: all install tree uninstall portable
+wheel: portable
+	packaging/wheel.sh $(FLOOR) target/portable $(NOTICES) dist
+
+.PHONY: all install tree uninstall portable wheel

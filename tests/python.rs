@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -22,6 +23,31 @@ fn the_package_passes_its_tests() {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}\n{text}{errors}", output.status);
     println!("{}", text.lines().last().unwrap_or_default());
+}
+
+/// The program that README.md shows.
+#[test]
+fn the_example_trains() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let data = dir.path().join("data");
+    fs::create_dir(&data).expect("a folder can be made");
+    let text = b"Humpty Dumpty sat on a wall, Humpty Dumpty had a great fall; ";
+    let tokens = text.iter().cycle().take(6000).flat_map(|&b| u16::from(b).to_le_bytes());
+    fs::write(data.join("train.bin"), tokens.collect::<Vec<_>>()).expect("a file can be written");
+    let mut command = Command::new(python);
+    command.arg(root().join("examples/python/ten_lines.py")).current_dir(dir.path());
+    command.env("MXFP4TRAIN_LIBRARY", library("so"));
+    command.env("PYTHONPATH", root().join("bindings/python/src"));
+    command.env("PYTHONDONTWRITEBYTECODE", "1");
+    let output = finish_within(Duration::from_secs(300), &mut command);
+    let (text, errors) = (output.stdout, String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\n{errors}", output.status);
+    let text = String::from_utf8_lossy(&text);
+    let losses: Vec<f32> =
+        text.lines().filter_map(|line| line.strip_prefix("loss ")?.parse().ok()).collect();
+    assert!(losses.len() == 100 && losses[99] < 0.5 * losses[0], "{text}");
+    assert!(dir.path().join("out/model.safetensors").exists(), "nothing was saved");
 }
 
 /// A Python with the packages that the tests need: the system's, or one in the target folder.

@@ -23,9 +23,12 @@ fn blocks_are_the_files() {
         });
         assert_eq!(block, &file, "README.md and {path} differ: paste the file into the block");
     }
-    for path in
-        ["examples/c/ten_lines.c", "examples/cpp/ten_lines.cpp", "examples/julia/ten_lines.jl"]
-    {
+    for path in [
+        "examples/c/ten_lines.c",
+        "examples/cpp/ten_lines.cpp",
+        "examples/julia/ten_lines.jl",
+        "examples/python/ten_lines.py",
+    ] {
         if !shown.iter().any(|(shown, _)| *shown == path) {
             eprintln!("skipped: README.md does not show {path}");
         }

@@ -1,0 +1,185 @@
+"""The way of a callback through C: functions that stay, whose user data are Python's."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import numpy as np
+
+from ._arrays import view
+from ._calls import thrown, tuple_of
+from ._library import ffi, text_of
+from ._stats import EvalStats, StepStats
+
+
+class _Stop:
+    """The type of STOP."""
+
+    def __repr__(self) -> str:
+        return "mxfp4train.STOP"
+
+
+STOP = _Stop()
+"""What a callback returns to end a run or a text. Whatever else it returns goes on."""
+
+LOG_LEVELS = ("", "warning", "info", "debug")
+
+
+# Pointers of which C itself says when it needs them no more, by their addresses.
+lent: dict[int, Any] = {}
+
+
+def pointer_to(content: Any) -> Any:
+    """C's user data for a Python object, which lives as long as the pointer.
+
+    NOTE: nothing of it may have the pointer, which would be a cycle that keeps a trainer's memory.
+    """
+    return ffi.new_handle(content)
+
+
+def address(pointer: Any) -> int:
+    return int(ffi.cast("uintptr_t", pointer))
+
+
+@contextlib.contextmanager
+def lending(*pointers: Any) -> Iterator[None]:
+    """Keeps pointers for C until it calls `on_free` with them, or the body fails."""
+    lent.update((address(pointer), pointer) for pointer in pointers)
+    try:
+        yield
+    except BaseException:
+        for pointer in pointers:
+            lent.pop(address(pointer), None)
+        raise
+
+
+def kept(exception: BaseException) -> int:
+    """Keeps what a callback has thrown for `call`, which is around; it says stop."""
+    if thrown.places:
+        thrown.places[-1].append(exception)
+    else:
+        # No call is around, as where an engine is freed.
+        traceback.print_exception(type(exception), exception, exception.__traceback__)
+    return 1
+
+
+def guarded(function: Callable[..., Any], *arguments: Any) -> int:
+    """Runs a callback. 0 goes on, and 1 says stop, which an exception does."""
+    # What a log callback has thrown in between is on its way: nothing more is called.
+    if thrown.places and thrown.places[-1]:
+        return 1
+    before = thrown.inside
+    try:
+        thrown.inside = before + 1
+        return 1 if function(*arguments) is STOP else 0
+    except BaseException as exception:
+        return kept(exception)
+    finally:
+        thrown.inside = before
+
+
+def on_error(_kind: Any, exception: BaseException, _traceback: Any) -> None:
+    """What comes outside of `guarded`, as Ctrl-C may; the callback then gives its `error`."""
+    kept(exception)
+
+
+def callback(kind: str, error: int | None = 1) -> Callable[[Callable[..., Any]], Any]:
+    """Makes C's function of a Python function, which returns `error` where nothing else can."""
+    decorate: Callable[[Callable[..., Any]], Any] = ffi.callback(
+        kind, error=error, onerror=on_error
+    )
+    return decorate
+
+
+@callback("mxt_step_fn")
+def on_step(user_data: Any, step: Any, evaluation: Any) -> int:
+    found = None if evaluation == ffi.NULL else tuple_of(EvalStats, evaluation)
+    return guarded(ffi.from_handle(user_data), step_stats(step), found)
+
+
+@callback("mxt_token_fn")
+def on_token(user_data: Any, token: int) -> int:
+    return guarded(ffi.from_handle(user_data), token)
+
+
+@callback("mxt_loss_fn")
+def on_loss(user_data: Any, rows: Any) -> int:
+    return guarded(loss_of, ffi.from_handle(user_data), rows)
+
+
+def loss_of(loss: Callable[[np.ndarray, int], Any], rows: Any) -> Any:
+    count = rows.rows
+    answer = loss(view(rows.logits, np.float32, (count, rows.vocab_size)), rows.first_row)
+    if answer is STOP:
+        return STOP
+    losses = np.asarray(answer)
+    if losses.shape != (count,) or losses.dtype.kind not in "fiu":
+        came = "None" if answer is None else f"{losses.dtype} of the shape {losses.shape}"
+        raise ValueError(f"loss: expected to return the loss of each of {count} rows, got {came}")
+    view(rows.losses, np.float32, (count,))[:] = losses
+    return None
+
+
+@callback("mxt_window_fn")
+def on_window(user_data: Any, number: int, tokens: Any, weights: Any, sequence_length: int) -> int:
+    return guarded(
+        ffi.from_handle(user_data),
+        number,
+        view(tokens, np.uint32, (sequence_length + 1,)),
+        view(weights, np.float32, (sequence_length,)),
+    )
+
+
+@callback("mxt_log_fn", error=None)
+def on_log(user_data: Any, level: int, line: Any) -> None:
+    guarded(ffi.from_handle(user_data), LOG_LEVELS[min(level, 3)], text_of(line))
+
+
+@callback("mxt_user_data_free_fn", error=None)
+def on_free(user_data: Any) -> None:
+    lent.pop(address(user_data), None)
+
+
+def exchanged(function: Callable[..., Any], *arguments: Any) -> int:
+    """Runs a function of a group. What it throws ends the group.
+
+    NOTE: nothing else ends it, since the other ranks wait for this one. Ctrl-C waits for a callback
+    that can stop in order, or for the end of the call.
+    """
+    before = thrown.inside
+    try:
+        thrown.inside = 0
+        return 1 if function(*arguments) is STOP else 0
+    except BaseException as exception:
+        return kept(exception)
+    finally:
+        thrown.inside = before
+
+
+@callback("mxt_all_to_all_fn")
+def on_all_to_all(user_data: Any, send: Any, receive: Any, bytes_per_rank: int) -> int:
+    group = ffi.from_handle(user_data)
+    shape = (group.size * bytes_per_rank,)
+    return exchanged(group.all_to_all, view(send, np.uint8, shape), view(receive, np.uint8, shape))
+
+
+@callback("mxt_all_gather_fn")
+def on_all_gather(user_data: Any, send: Any, receive: Any, bytes_per_rank: int) -> int:
+    group = ffi.from_handle(user_data)
+    mine = view(send, np.uint8, (bytes_per_rank,))
+    return exchanged(
+        group.all_gather, mine, view(receive, np.uint8, (group.size * bytes_per_rank,))
+    )
+
+
+@callback("mxt_abort_fn", error=None)
+def on_abort(user_data: Any) -> None:
+    exchanged(ffi.from_handle(user_data).abort)
+
+
+def step_stats(struct: Any) -> StepStats:
+    place = struct.update_rms_tensor
+    return tuple_of(StepStats, struct, update_rms_tensor=None if place == 0xFFFFFFFF else place)

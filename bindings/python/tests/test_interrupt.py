@@ -1,0 +1,52 @@
+"""Ctrl-C: a program that trains gets SIGINT."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mxfp4train as mxt
+
+PROGRAM = Path(__file__).with_name("interrupted.py")
+
+
+def interrupted(how, folder):
+    """What a program printed that was interrupted once it had said that it runs."""
+    command = [sys.executable, str(PROGRAM), how, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout.readline() == "running\n"
+        time.sleep(0.2)
+        begin = time.monotonic()
+        program.send_signal(signal.SIGINT)
+        out, _ = program.communicate(timeout=120)
+        print(f"{how}: stopped in {time.monotonic() - begin:.2f} s")
+    assert program.returncode == 0, out
+    return out.split()
+
+
+@pytest.mark.parametrize("how", ["run", "callback", "asleep", "nested", "own"])
+def test_ctrl_c_ends_a_run_in_order(how, tmp_path):
+    words = interrupted(how, tmp_path / "out")
+    assert words[0] == "interrupted"
+    loaded = mxt.Trainer.load(mxt.Engine(threads=1), tmp_path / "out")
+    assert loaded.steps_done == int(words[1]) > 0
+
+
+def test_a_stop_is_seen_within_a_step(tmp_path):
+    words = interrupted("micro", tmp_path / "out")
+    assert words[0] == "interrupted"
+    # A step of this trainer takes minutes.
+    assert words[1] == "0" and float(words[2]) < 30
+
+
+def test_what_else_went_wrong_is_told(tmp_path):
+    words = interrupted("unsaved", tmp_path / "out")
+    assert words[0] == "interrupted" and words[1] in ("FileError", "FormatError")
+
+
+@pytest.mark.parametrize("how", ["evaluate", "generate", "step"])
+def test_ctrl_c_ends_other_calls(how, tmp_path):
+    assert interrupted(how, tmp_path / "out")[0] == "interrupted"
