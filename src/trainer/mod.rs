@@ -988,6 +988,9 @@ impl<B: Backend> Run<B> {
         let drawn = (state.step, step.loss_scale);
         let all = match gradients {
             Gradients::Made(divisor) => {
+                // An evaluation since the last batch has had a plan of its own.
+                let at = (state.schedule_step(), state.options.schedule.total_steps);
+                state.options.recipe.set_step(&mut self.step_plan, false, at, state.step);
                 self.gradients(&weights, model, (state, call), drawn, &mut |_, _| Ok(divisor))?
             }
             Gradients::Of { fill, weighted } => {
