@@ -451,8 +451,27 @@ and its model's trainer, calls return MXT_ERROR_BUSY.
 const mxt_token_fn = Ptr{Cvoid}
 
 """
-Makes losses of logits, and their gradients, for some rows of a batch: rows come in their order,
-each once, some 32 MiB of logits at a time. All that `rows` points to is borrowed for the call.
+Fills window `number` of a dataset: `tokens` gets sequence_length + 1 tokens, of which all but the
+last are inputs, and each but the first the target of the one before it; `weights` has
+sequence_length numbers, a factor of each target's loss, which are 1 before: 0 for what is not to
+be learned, as a prompt or padding. Both are borrowed for the call. The same number has to give the
+same window whenever it is asked for, so that a run that is resumed is the run that was not stopped.
+
+Returns 0; any other number ends the call that needs the window with MXT_ERROR_IO, and the trainer
+is as before it. A token outside of the vocabulary ends it with MXT_ERROR_TOKEN_RANGE, a weight that
+is not finite with MXT_ERROR_NOT_FINITE.
+
+Runs on the thread that is inside that call; on several threads at once where several trainers use
+the dataset. Calls on the trainer that it fills for, and on its model, return MXT_ERROR_BUSY. It must
+not throw or longjmp.
+"""
+const mxt_window_fn = Ptr{Cvoid}
+
+"""
+Makes losses of logits, and their gradients, for some rows of a batch: all rows come, in their order,
+each once, some 32 MiB of logits at a time, or 64 rows where these take more. What is written for
+rows whose target is ignored, or whose weight is 0, does not count. All that `rows` points to is
+borrowed for the call.
 
 Returns 0 to go on; any other number ends mxt_trainer_forward_backward with MXT_STOPPED. A number
 that it writes and that is not finite shows at mxt_trainer_update, as MXT_ERROR_NOT_FINITE.
@@ -475,8 +494,8 @@ longjmp.
 const mxt_step_fn = Ptr{Cvoid}
 
 """
-Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
-changed, so any number of threads and trainers may use it at once. Make with one of the
+Tokens to train on: files that are mapped into memory, tokens of the host, or windows that it
+fills. It is never changed, so any number of threads and trainers may use it at once. Make with one of the
 mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
 
 All its tokens are checked against a model's vocabulary before the first step or evaluation of a
@@ -539,9 +558,9 @@ Every rank computes its part of each step and has all of the model. For given `l
 trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
 
 Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
-mxt_trainer_new, _load, _load_as, _step, _step_tokens, _update, _eval, _save and _run. All ranks make them in
-the same order with the same arguments, but for tokens that a rank brings, and folders: rank 0
-writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
+mxt_trainer_new, _load, _load_as, _step, _step_unless_stopped, _step_tokens, _update, _eval, _save
+and _run. All ranks make them in the same order with the same arguments, but for tokens that a rank brings, and folders:
+rank 0 writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
 alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
 begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this
@@ -993,7 +1012,7 @@ struct mxt_logits
     # (rows, vocab_size), row-major, in the host's memory: logits, to be replaced by the gradient of
     # each row's loss in them. Weights and divisor are not in it: the library multiplies.
     logits::Ptr{Cfloat}
-    # (rows): the loss of each row, to be written.
+    # (rows): the loss of each row, NaN before, to be written.
     losses::Ptr{Cfloat}
     # The number of the first row.
     first_row::UInt64
@@ -2007,9 +2026,59 @@ function mxt_dataset_from_tokens(tokens, count, dataset)
 end
 
 """
+    mxt_dataset_from_memory(tokens, count, token_type, user_data, user_data_free, dataset)
+
+Makes a dataset from `count` tokens in memory of the host's, which are not copied, and stores it in
+`*dataset` for the caller to free. `token_type` is MXT_TOKEN_TYPE_U16 or MXT_TOKEN_TYPE_U32. The
+tokens have to stay there, unchanged, until `user_data_free` is called with `user_data`: once, when
+mxt_dataset_free has been called and no other call uses the dataset any more, on the thread that
+ends it. `user_data_free` may be NULL.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_OUT_OF_MEMORY: the user data stay the
+caller's then. The message is in mxt_last_error.
+"""
+function mxt_dataset_from_memory(tokens, count, token_type, user_data, user_data_free, dataset)
+    return @ccall libmxfp4train.mxt_dataset_from_memory(
+        tokens::Ptr{Cvoid},
+        count::Csize_t,
+        token_type::Int32,
+        user_data::Ptr{Cvoid},
+        user_data_free::mxt_user_data_free_fn,
+        dataset::Ptr{Ptr{mxt_dataset}}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_from_windows(count, fill, user_data, user_data_free, dataset)
+
+Makes a dataset of `count` windows that the host fills, numbered from 0, each time that one is
+wanted, and stores it in `*dataset` for the caller to free. Training asks for all of them once in
+an epoch, in an order that the engine's seed gives, an evaluation for some spread evenly, in their
+order. A loss is the weighted sum over the sum of weights of its step or evaluation; the tokens of
+an evaluation are the targets whose weight is not 0. Functions that read tokens of a dataset return
+MXT_ERROR_UNSUPPORTED.
+
+`user_data` is passed to `fill`, and to `user_data_free` (which may be NULL) as for
+mxt_dataset_from_memory.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a count of 0): the user data stay the caller's
+then. The message is in mxt_last_error.
+"""
+function mxt_dataset_from_windows(count, fill, user_data, user_data_free, dataset)
+    return @ccall libmxfp4train.mxt_dataset_from_windows(
+        count::UInt64,
+        fill::mxt_window_fn,
+        user_data::Ptr{Cvoid},
+        user_data_free::mxt_user_data_free_fn,
+        dataset::Ptr{Ptr{mxt_dataset}}
+    )::mxt_status
+end
+
+"""
     mxt_dataset_token_count(dataset)
 
-Number of tokens in all files. 0 if `dataset` is NULL. Any thread may call it at any time.
+Number of tokens in all files; 0 where the host fills windows, and if `dataset` is NULL. Any thread
+may call it at any time.
 """
 function mxt_dataset_token_count(dataset)
     return @ccall libmxfp4train.mxt_dataset_token_count(dataset::Ptr{mxt_dataset})::UInt64
@@ -2187,17 +2256,35 @@ end
     mxt_trainer_step(trainer, dataset, stats)
 
 Does one optimizer step on the next windows of `dataset` and stores what it did in `*stats`
-(struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
+(struct_size set by the caller; NULL if not wanted). A stop request does not concern it, as it does
+mxt_trainer_step_unless_stopped.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
-than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
-dataset, also where this step does not read it), MXT_ERROR_IO (a file of the dataset has become
-shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or
-moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the
-step.
+than a sequence; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE (a token outside
+of the vocabulary anywhere in the dataset, also where this step does not read it), MXT_ERROR_IO (a
+file of the dataset has become shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient
+are not, or a weight or moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and
+moments are as before the step.
 """
 function mxt_trainer_step(trainer, dataset, stats)
     return @ccall libmxfp4train.mxt_trainer_step(
+        trainer::Ptr{mxt_trainer},
+        dataset::Ptr{mxt_dataset},
+        stats::Ptr{mxt_step_stats}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_step_unless_stopped(trainer, dataset, stats)
+
+mxt_trainer_step, given up where a stop is asked for (mxt_trainer_request_stop, from any thread or
+signal handler, or a callback that fills windows): it is seen before each batch of the step. The next
+step then does the same from its beginning. The request stands until mxt_trainer_clear_stop.
+
+Errors: as mxt_trainer_step, and MXT_STOPPED: weights and moments are as before the step.
+"""
+function mxt_trainer_step_unless_stopped(trainer, dataset, stats)
+    return @ccall libmxfp4train.mxt_trainer_step_unless_stopped(
         trainer::Ptr{mxt_trainer},
         dataset::Ptr{mxt_dataset},
         stats::Ptr{mxt_step_stats}
@@ -2216,8 +2303,9 @@ ranks each brings those of its own batches: accumulation / N, from rank * accumu
 in memory of the engine's GPU, written before the call or on the engine's stream.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count; an
-optimizer with \"ramping\", which draws windows of its own; batches that wait for mxt_trainer_update), MXT_ERROR_TOKEN_RANGE,
-MXT_ERROR_NOT_FINITE (the weights are as before the step), MXT_ERROR_BUSY.
+optimizer with \"ramping\", which draws windows of its own; batches that wait for
+mxt_trainer_update), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the
+step), MXT_ERROR_BUSY.
 """
 function mxt_trainer_step_tokens(trainer, tokens, count, stats)
     return @ccall libmxfp4train.mxt_trainer_step_tokens(

@@ -23,8 +23,8 @@ What holds everywhere:
 - Options are keyword arguments with the names and the defaults of the C structs.
 - Numbers that come back are `Int`, `Float32` and `Float64`; tokens are `Int`.
 - A call that fails throws an [`MXFP4Error`](@ref), or an `ArgumentError` that names the option. What
-  a callback throws ends the run, the text or the batch in order (a run still saves) and is thrown by
-  the call that called back. So does Ctrl-C: it takes effect after a step.
+  a callback throws ends the run, the step, the text or the batch in order (a run still saves) and is
+  thrown by the call that called back. So does Ctrl-C: it takes effect after a step.
 - `close` frees an object at once; else the garbage collector does. Objects may be closed in any
   order and by any thread; one that is inside a call is freed when the call returns. A closed one
   answers with errors, and with 0 where there is nothing to fail, as `steps_done`.
@@ -48,7 +48,7 @@ module MXFP4Train
 using Libdl: dlopen, dlsym
 using Serialization: Serialization
 
-export Dataset, Decoder, Engine, Group, MXFP4Error, Model, Snapshot, Tensors, Trainer
+export Dataset, Decoder, Engine, Group, IGNORED, MXFP4Error, Model, Snapshot, Tensors, Trainer
 export clear_stop, config, coverage, evaluate!, fork!, forward_backward!, generate, generate!,
     gradients, logits, logits_from, max_token, next_logits, options, parameter_count, plan, renew!,
     request_stop, rewind!, run!, scale_gradients!, schedule_start, score, set_lr!, set_schedule!,

@@ -1,9 +1,5 @@
 # A step in parts: gradients of batches, what is done with them before an update, and the update.
 
-# NOTE: exported beside its value: dev/check_julia.py sees docstrings of functions and types, and
-# wants one for each name that MXFP4Train.jl exports.
-export IGNORED
-
 """
     IGNORED
 
@@ -24,7 +20,7 @@ or [`IGNORED`](@ref): in a language model the next token. All matrices have `seq
 a column for each of `batch_size` sequences; another size is a `DimensionMismatch`.
 
 - `weights` is a matrix with a factor of each loss, or a mask: `false` or 0 for what is not to be
-  learned, as a prompt or padding. `nothing` is 1 for all.
+  learned, as a prompt or padding. `nothing` is 1 for all. At ignored targets it may be anything.
 - `divisor` is what the sum of weighted losses is divided by, together with the divisors of the step's
   other batches. `nothing`, or 0, is the sum of the weights of targets that are not ignored, so that
   the step's loss is the mean over what counts. Weights that may be below 0, as advantages are, need
@@ -45,9 +41,9 @@ The same with a loss of your own in place of cross-entropy. `loss(logits, losses
 with some places at a time, some 32 MiB of logits; all places come once, in order. `places` is the range
 of their indices in `tokens`, so that `targets[places]` are their targets. `logits` is a matrix with a
 column for each, in which the logit of token `t` has the index `t + 1`: overwrite it with the gradient
-of the place's loss in its logits. The loss itself goes into `losses`, a vector. `weights` and `divisor`
-are in neither: the library multiplies. Without `targets` the loss is of all places. With the `do`
-syntax, for label smoothing:
+of the place's loss in its logits. The loss itself goes into `losses`, a vector of `NaN` before.
+`weights` and `divisor` are in neither: the library multiplies. Without `targets` the loss is of all
+places. With the `do` syntax, for label smoothing:
 
     forward_backward!(trainer, tokens) do logits, losses, places
         for (column, place) in enumerate(places)
@@ -63,8 +59,9 @@ syntax, for label smoothing:
 
 Both arrays are the library's memory, and no longer to be used when `loss` has returned. Meanwhile the
 trainer and its model are busy. What `loss` throws is thrown here, and an answer of `:stop` is an error
-with status `MXT_STOPPED`; in either case no batch waits any more. With `targets` it gets ignored
-places, too, where whatever finite numbers it writes do not count.
+with status `MXT_STOPPED`; in either case no batch waits any more. It gets places that are ignored or of
+weight 0, too, where what it writes does not count, be it `NaN`; elsewhere a number that is not finite,
+as a loss that it leaves out, is an error of [`update!`](@ref).
 """
 function forward_backward!(
     trainer::Trainer,

@@ -32,9 +32,10 @@ function guarded(callback)
     end
 end
 
-# Runs a function of a group. What it throws is kept for `call`, and ends the group.
+# Runs a function of a group, which ends where it throws, or one that fills windows of a step. What
+# it throws is kept for `call`.
 #
-# NOTE: nothing else ends it, since the other ranks wait for this one. Where a callback has thrown
+# NOTE: nothing else ends them, since the other ranks wait for this one. Where a callback has thrown
 # before, the call still goes to its end with all ranks, and that exception is the one that arrives.
 # Ctrl-C waits for a callback that can stop in order, or for the end of the call.
 function exchanged(exchange)
@@ -86,6 +87,22 @@ function on_loss(user_data::Ptr{Cvoid}, rows::Ptr{Lib.mxt_logits})::Int32
     end
 end
 
+function on_window(
+    user_data::Ptr{Cvoid},
+    number::UInt64,
+    tokens::Ptr{UInt32},
+    weights::Ptr{Cfloat},
+    sequence_length::Csize_t,
+)::Int32
+    return exchanged() do
+        count = Int(sequence_length)
+        # C's memory, as long as the callback runs.
+        inputs_and_last = Base.unsafe_wrap(Vector{UInt32}, tokens, count + 1)
+        factors = Base.unsafe_wrap(Vector{Float32}, weights, count)
+        slot_function(user_data)(Int(number) + 1, inputs_and_last, factors)
+    end
+end
+
 function on_log(user_data::Ptr{Cvoid}, level::Int32, line::Cstring)::Cvoid
     guarded() do
         slot_function(user_data)(log_level(level), unsafe_string(line))
@@ -133,6 +150,8 @@ step_function() =
     @cfunction(on_step, Int32, (Ptr{Cvoid}, Ptr{Lib.mxt_step_stats}, Ptr{Lib.mxt_eval_stats}))
 token_function() = @cfunction(on_token, Int32, (Ptr{Cvoid}, UInt32))
 loss_function() = @cfunction(on_loss, Int32, (Ptr{Cvoid}, Ptr{Lib.mxt_logits}))
+window_function() =
+    @cfunction(on_window, Int32, (Ptr{Cvoid}, UInt64, Ptr{UInt32}, Ptr{Cfloat}, Csize_t))
 log_function() = @cfunction(on_log, Cvoid, (Ptr{Cvoid}, Int32, Cstring))
 all_to_all_function() =
     @cfunction(on_all_to_all, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, Ptr{Cvoid}, Csize_t))

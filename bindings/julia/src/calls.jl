@@ -55,9 +55,14 @@ function hold(object::Handle)
 end
 
 function leave(object::Handle)
-    Threads.atomic_sub!(object.uses, 2) == 2 && release(object.handle)
+    Threads.atomic_sub!(object.uses, 2) == 2 || return nothing
+    release(object.handle)
+    released(object)
     return nothing
 end
+
+# What an object does when it is freed.
+released(::Handle) = nothing
 
 # Makes a call of the library. Throws what a callback has thrown during the call, else an error if
 # `body` returns one. `objects` are those that the call uses.

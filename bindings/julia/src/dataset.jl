@@ -11,9 +11,35 @@ read. `token_type` is what a token is in a file without a header: `:u16`, `:u32`
 
 Opens a vector of token files as one dataset, in the order given.
 
-    Dataset(tokens)
+    Dataset(tokens; copy = true)
 
-Copies a vector of tokens, which are numbers from 0.
+Copies a vector of tokens, which are numbers from 0. With `copy = false` a `Vector{UInt16}` or a
+`Vector{UInt32}`, or a view of a range of one, is used where it is, and read once to know the largest
+token. It must then not change until the dataset is closed. Nor can it grow or shrink any more: where
+Julia does not refuse that, the dataset goes on with the tokens that were.
+
+    Dataset(fill, count)
+
+`count` windows that `fill(number, tokens, weights)` writes each time that one is wanted, with numbers
+from 1 on. `tokens` is a `Vector{UInt32}` of `sequence_length + 1`: all but the last are what the model
+reads, and each but the first is the target of the one before it. `weights` is a `Vector{Float32}` of
+`sequence_length`, in which `weights[i]` is the factor of the loss of `tokens[i + 1]`: 1 unless `fill`
+changes it, and 0 for what is not to be learned, as a prompt or padding. With the `do` syntax:
+
+    dataset = Dataset(length(examples)) do number, tokens, weights
+        tokens .= examples[number].tokens
+        weights .= examples[number].is_answer[2:end]
+    end
+
+Training asks for every window once in an epoch, in an order that the engine's seed gives, and an
+evaluation for some spread evenly. The same number has to give the same window whenever it is asked for,
+so that a run that is loaded goes on as if it had never stopped. A loss is the weighted sum over the sum
+of weights of its step or evaluation; the `tokens` of an evaluation are the targets whose weight is not
+0. Both arrays are the library's memory, and no longer to be used when `fill` has returned. What it
+throws is thrown by the call that needs the window, and an answer of `:stop` is an error with status
+`MXT_ERROR_IO`; the trainer is then as before the step. Meanwhile the trainer and its model are busy, and
+Ctrl-C waits for the end of the step. Several tasks that use the dataset may be in `fill` at once. Such a
+dataset is empty as a vector, and [`max_token`](@ref) of it is an error.
 
 A dataset is read like a vector: `dataset[1]`, `dataset[end]`, `dataset[11:20]`, `length(dataset)`,
 `for token in dataset`. Places count from 1, as everywhere in Julia; the tokens themselves are
@@ -22,9 +48,17 @@ numbers from 0. Several files are read one after the other.
 mutable struct Dataset <: Handle
     handle::Ptr{Lib.mxt_dataset}
     uses::Threads.Atomic{Int}
+    # What the library uses of Julia's until the object is freed: tokens, or what fills windows.
+    #
+    # NOTE: it does so in calls alone, which have the dataset. So it needs no `user_data_free`, which
+    # Julia could not take from any thread but its own; and it does not matter in which order the
+    # collector finalizes the dataset and the tokens, which may be a file that is unmapped then.
+    source::Slot
 
     # Owns `handle` from now on.
-    Dataset(handle::Ptr{Lib.mxt_dataset}) = finalizer(close, new(handle, new_uses()))
+    function Dataset(handle::Ptr{Lib.mxt_dataset}, source::Slot = Slot(nothing))
+        return finalizer(close, new(handle, new_uses(), source))
+    end
 end
 
 function Dataset(pattern::AbstractString; token_type::Symbol = :auto)
@@ -43,10 +77,42 @@ function Dataset(paths::AbstractVector{<:AbstractString}; token_type::Symbol = :
     end
 end
 
-function Dataset(tokens::AbstractVector{<:Integer})
+function Dataset(tokens::AbstractVector{<:Integer}; copy::Bool = true)
+    copy || return lent(tokens)
     copied = c_tokens("tokens", tokens)
     return made(Dataset, Lib.mxt_dataset) do handle
         Lib.mxt_dataset_from_tokens(copied, length(copied), handle)
+    end
+end
+
+# A range of tokens as they lie in memory.
+const TokenRange{T} = SubArray{T,1,Vector{T},<:Tuple{AbstractUnitRange},true}
+
+lent(tokens::Union{Vector{UInt16},TokenRange{UInt16}}) = lent(tokens, Lib.MXT_TOKEN_TYPE_U16)
+lent(tokens::Union{Vector{UInt32},TokenRange{UInt32}}) = lent(tokens, Lib.MXT_TOKEN_TYPE_U32)
+
+function lent(tokens::AbstractVector)
+    wanted = "a Vector of UInt16 or UInt32, or a view of a range of one"
+    throw(ArgumentError("copy: expected $wanted, to be used without a copy; got $(typeof(tokens))"))
+end
+
+function lent(tokens::AbstractVector, token_type::Int32)
+    vector = tokens isa SubArray ? parent(tokens) : tokens
+    # NOTE: a vector whose memory is another array's, too, does not free it when it is resized.
+    source = Slot((vector, reshape(vector, length(vector), 1)))
+    dataset = made(handle -> Dataset(handle, source), Lib.mxt_dataset) do handle
+        Lib.mxt_dataset_from_memory(tokens, length(tokens), token_type, C_NULL, C_NULL, handle)
+    end
+    # NOTE: or else a thread of the library's may look for it, and read them while no call does.
+    max_token(dataset)
+    return dataset
+end
+
+function Dataset(fill, count::Integer)
+    windows, source = c_number(UInt64, "count", count), Slot(fill)
+    return made(handle -> Dataset(handle, source), Lib.mxt_dataset) do handle
+        user_data = slot_pointer(source)
+        Lib.mxt_dataset_from_windows(windows, window_function(), user_data, C_NULL, handle)
     end
 end
 
@@ -129,9 +195,19 @@ function dataset_options(token_type::Symbol)
 end
 
 release(handle::Ptr{Lib.mxt_dataset}) = Lib.mxt_dataset_free(handle)
+
+function released(dataset::Dataset)
+    dataset.source[] = nothing
+    return nothing
+end
+
 Base.unsafe_convert(::Type{Ptr{Lib.mxt_dataset}}, dataset::Dataset) = dataset.handle
 
 function Base.show(io::IO, dataset::Dataset)
-    text = ask(dataset -> "$(Int(Lib.mxt_dataset_token_count(dataset))) tokens", dataset, "closed")
+    text = ask(dataset, "closed") do dataset
+        tokens = Int(Lib.mxt_dataset_token_count(dataset))
+        # All others have a token.
+        return tokens > 0 ? "$tokens tokens" : "windows"
+    end
     return print(io, "Dataset(", text, ")")
 end

@@ -1,4 +1,4 @@
-# What runtests.jl starts and interrupts: is sent SIGINT four times.
+# What runtests.jl starts and interrupts: is sent SIGINT five times.
 using MXFP4Train
 
 const FOLDER = first(ARGS)
@@ -8,9 +8,11 @@ function tell(line)
     flush(stdout)
 end
 
+const DATA = Dataset([(i * i + i ÷ 7) % 29 for i in 0:3999])
+const WINDOWS = Dataset((number, tokens, _) -> (tokens .= (1:17) .+ number), 9)
+
 # The steps that a run had done when Ctrl-C ended it.
-function interrupted(f, name, trainer)
-    data = Dataset([(i * i + i ÷ 7) % 29 for i in 0:3999])
+function interrupted(f, name, trainer, data = DATA)
     save_dir = joinpath(FOLDER, name)
     try
         run!(f, trainer, data; steps = typemax(Int), save_dir = save_dir, save_every = 100)
@@ -47,6 +49,7 @@ function main()
     end
     tell(steps)
     tell(interrupted((_, _) -> nothing, "silent", trainer))
+    tell(interrupted((_, _) -> nothing, "windows", trainer, WINDOWS))
     tell(interrupted((_, _) -> nothing, "rank", new_trainer(twin())))
     # What Julia prints when a signal ends it is expected.
     redirect_stderr(open("/dev/null", "w"))

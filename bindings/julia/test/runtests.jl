@@ -285,6 +285,58 @@ end
     @test status_of(() -> Dataset(Int[])) == Lib.MXT_ERROR_INVALID_ARGUMENT
 end
 
+# A dataset of tokens that nothing else keeps, with what the collector does with them.
+@noinline function of_garbage(lent, events)
+    dataset = lent(finalizer(_ -> push!(events, :tokens), UInt16[i % 29 for i in 1:4000]))
+    return finalizer(_ -> push!(events, :dataset), dataset)
+end
+
+@testset "tokens that are not copied" begin
+    tokens = new_dataset()[:]
+    copied = new_trainer()
+    expected = [stats.loss for stats in steps(copied, new_dataset(), 3)]
+    for T in (UInt16, UInt32)
+        memory = T.(tokens)
+        around = [T[9, 9, 9]; memory; T[30]]
+        for given in (memory, view(around, 4:4003), view(view(around, 2:4003), 3:4002), view(memory, :))
+            dataset, trainer = Dataset(given; copy = false), new_trainer()
+            @test [stats.loss for stats in steps(trainer, dataset, 3)] == expected
+            @test dataset[:] == tokens && length(dataset) == 4000 && max_token(dataset) == 28
+            @test sprint(show, dataset) == "Dataset(4000 tokens)"
+        end
+        # Where they are, and in a copy.
+        lent, own = Dataset(memory; copy = false), Dataset(memory)
+        memory[7] = 31
+        @test lent[7] == 31 && own[7] == tokens[7]
+        # To grow is an error, or goes on without the dataset.
+        thrown(() -> append!(memory, zeros(T, 100_000)))
+        thrown(() -> empty!(memory))
+        GC.gc()
+        @test lent[8:end] == tokens[8:end]
+        close(lent)
+        @test thrown(() -> lent[1]) isa BoundsError
+    end
+    # They live as long as the dataset, and no longer.
+    events = Symbol[]
+    dataset = of_garbage(tokens -> Dataset(tokens; copy = false), events)
+    foreach(_ -> GC.gc(), 1:3)
+    @test isempty(events) && dataset[:] == [i % 29 for i in 1:4000]
+    close(dataset)
+    foreach(_ -> GC.gc(), 1:3)
+    @test events == [:tokens] && !isopen(dataset)
+    foreach(_ -> (of_garbage(tokens -> Dataset(tokens; copy = false), events); GC.gc()), 1:3)
+    foreach(_ -> GC.gc(), 1:3)
+    @test count(==(:tokens), events) == 4 && count(==(:dataset), events) == 3
+    for wrong in (tokens, UInt8[1, 2], 1:2, view(UInt16[1, 2, 3], 1:2:3), view(UInt16[1 2; 3 4], :, 1))
+        @test refuses(() -> Dataset(wrong; copy = false), ArgumentError, "copy: expected a Vector of")
+    end
+    @test status_of(() -> Dataset(UInt16[]; copy = false)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    # What is no token of the model.
+    wide = Dataset(UInt32[i % 40 for i in 1:4000]; copy = false)
+    @test max_token(wide) == 39
+    @test status_of(() -> step!(copied, wide)) == Lib.MXT_ERROR_TOKEN_RANGE
+end
+
 @testset "steps, save and load" begin
     dataset = new_dataset()
     trainer = new_trainer()
@@ -542,6 +594,170 @@ end
     # Closed by its own loss.
     @test thrown(() -> forward_backward!((_...) -> close(trainer), trainer, inputs(rows))) === nothing
     @test !isopen(trainer)
+end
+
+@testset "what is ignored may be anything" begin
+    rows = windows(2)
+    predicted = targets(rows)
+    predicted[4:6, 2] .= IGNORED
+    weights = [i == 3 ? 0.0 : 0.5 for i in 1:16, _ in 1:2]
+    hidden = (predicted .== IGNORED) .| (weights .== 0)
+    found = map((0, NaN)) do wild
+        trainer, losses = new_trainer(), fill(-1.0, 16, 2)
+        of_ignored = ifelse.(predicted .== IGNORED, wild, weights)
+        how = (weights = of_ignored, losses = losses)
+        forward_backward!(trainer, inputs(rows), predicted; how...) do logits, losses, places
+            @assert all(isnan, losses)
+            smoothed(predicted, 0)(logits, losses, places)
+            for (column, place) in enumerate(places)
+                hidden[place] || continue
+                losses[column] = wild
+                logits[:, column] .= wild
+            end
+        end
+        return losses[.!hidden], losses[4:6, 2], bits(update!(trainer)), tensors(Model(trainer))[WTE]
+    end
+    @test found[1] == found[2] && iszero(found[2][2])
+    # A loss that is left out is no number.
+    trainer = new_trainer()
+    forward_backward!((logits, _, _) -> fill!(logits, 0), trainer, inputs(rows))
+    @test refuses(() -> update!(trainer), MXFP4Error, "the loss of step 1")
+    # A loss without targets needs a loss.
+    nothing_wanted() = forward_backward!(nothing, trainer, inputs(rows))
+    @test refuses(nothing_wanted, MXFP4Error, "pass what each position is to predict, or a loss")
+end
+
+# Window `number` of those that tests fill, and its weights.
+window(number) = [(i * i + 3number * i + number) % 29 for i in 0:16]
+factors(number) = [(0, 1, 0.5)[(i + number) % 3 + 1] for i in 1:16]
+
+# `count` of them, each number of which is told to `seen`.
+function new_windows(count; seen = Int[])
+    return Dataset(count) do number, tokens, weights
+        @assert number isa Int && tokens isa Vector{UInt32} && weights isa Vector{Float32}
+        @assert length(tokens) == 17 && weights == ones(16)
+        push!(seen, number)
+        tokens .= window(number)
+        weights .= factors(number)
+    end
+end
+
+@testset "windows of the program" begin
+    # The bits of batches with the same weights, each window once in an epoch, the collector at work.
+    seen = Int[]
+    dataset = new_windows(6; seen = seen)
+    @test isempty(seen) && sprint(show, dataset) == "Dataset(windows)"
+    by_windows, by_batches = [Trainer(new_model(); batch_size = 2, accumulation = 3) for _ in 1:2]
+    epochs = map(1:3) do _
+        stats = step!(by_windows, dataset)
+        epoch = splice!(seen, 1:6)
+        for batch in (epoch[1:2], epoch[3:4], epoch[5:6])
+            rows, weights = hcat(window.(batch)...), hcat(factors.(batch)...)
+            forward_backward!(by_batches, inputs(rows), targets(rows); weights = weights)
+        end
+        GC.gc()
+        @test bits(stats) == bits(update!(by_batches)) && isempty(seen)
+        return epoch
+    end
+    @test tensors(Model(by_windows))[WTE] == tensors(Model(by_batches))[WTE]
+    @test all(sort(epoch) == 1:6 for epoch in epochs) && length(unique(epochs)) > 1
+    # An evaluation asks for some spread evenly, and counts what has a weight.
+    evaluation = evaluate!(by_windows, dataset)
+    counted = sum(count(!iszero, factors(number)) for number in 1:6)
+    @test evaluation.tokens === counted && evaluation.loss > 0 && seen == 1:6
+    empty!(seen)
+    evaluate!(by_windows, dataset; max_batches = 1)
+    @test seen == [1, 4]
+    # A run that is loaded goes on as if it had never stopped.
+    mktempdir() do folder
+        result = run!(by_windows, dataset; steps = 3, eval_dataset = dataset, save_dir = folder)
+        @test result.saved && result.last_eval_loss > 0 && result.eval_errors == 0
+        loaded = load(Trainer, new_engine(), folder)
+        @test bits(step!(loaded, dataset)) == bits(step!(by_windows, dataset))
+    end
+    # There are no tokens in a row.
+    @test length(dataset) == 0 && isempty(collect(dataset)) && isempty(dataset[:])
+    @test coverage(dataset, 16).windows == 6
+    @test_throws BoundsError dataset[1]
+    @test status_of(() -> max_token(dataset)) == Lib.MXT_ERROR_UNSUPPORTED
+    @test status_of(() -> new_windows(0)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    @test refuses(() -> new_windows(-1), ArgumentError, "count: ")
+
+    # What goes wrong while one is filled arrives, and the trainer is as before.
+    trainer = Trainer(new_model(); batch_size = 2)
+    broken = nothing
+    breaking = Dataset(6) do number, tokens, weights
+        tokens .= window(number)
+        yield()
+        GC.gc(false)
+        return broken === nothing ? broken : broken(tokens, weights)
+    end
+    for (breaks, is_expected) in (
+        ((_, _) -> throw(Enough(7)), error -> error === Enough(7)),
+        ((_, _) -> throw(InterruptException()), error -> error isa InterruptException),
+        ((_, _) -> :stop, error -> error.status == Lib.MXT_ERROR_IO),
+        ((_, _) -> :halt, error -> error isa ArgumentError && occursin(":halt", error.msg)),
+        ((tokens, _) -> tokens[1] = -1, error -> error isa InexactError),
+        ((tokens, _) -> tokens[18] = 0, error -> error isa BoundsError),
+        ((tokens, _) -> tokens[1] = 32, error -> error.status == Lib.MXT_ERROR_TOKEN_RANGE),
+        ((_, weights) -> weights[3] = NaN, error -> error.status == Lib.MXT_ERROR_NOT_FINITE),
+        ((_, weights) -> fill!(weights, 0), error -> error.status == Lib.MXT_ERROR_INVALID_ARGUMENT),
+        (() -> nothing, error -> error isa MethodError),
+    )
+        broken = breaks
+        @test is_expected(thrown(() -> step!(trainer, breaking)))
+        @test is_expected(thrown(() -> evaluate!(trainer, breaking)))
+        broken = nothing
+        @test step!(trainer, breaking).step == steps_done(trainer)
+    end
+    @test steps_done(trainer) == 10
+    # A run saves the steps before.
+    mktempdir() do folder
+        error = thrown() do
+            run!(trainer, breaking; steps = 9, save_dir = folder) do step, _
+                step.step == 13 && (broken = (_, _) -> throw(Enough(13)))
+            end
+        end
+        @test error === Enough(13) && steps_done(trainer) == 13
+        @test steps_done(load(Trainer, new_engine(), folder)) == 13
+        # One in an evaluation ends it, too.
+        error = thrown() do
+            how = (eval_dataset = breaking, eval_every = 2, save_dir = folder)
+            run!(trainer, new_windows(6); steps = 9, how...)
+        end
+        @test error === Enough(13) && steps_done(trainer) == 14
+        @test steps_done(load(Trainer, new_engine(), folder)) == 14
+    end
+    # Meanwhile trainer and model are busy, and others are not.
+    inner, other = Int32[], new_trainer()
+    broken = function (_, _)
+        foreach((() -> step!(trainer, dataset), () -> tensors(Model(trainer))[WTE] .= 0)) do use
+            push!(inner, status_of(use))
+        end
+        thrown(() -> step!(other, Dataset((_...) -> throw(Enough(1)), 2))) === Enough(1) ||
+            throw(Enough(2))
+        step!(other, dataset)
+    end
+    @test step!(trainer, breaking).loss > 0 && inner == fill(Lib.MXT_ERROR_BUSY, 4)
+    # Closed by its own function.
+    broken = (_, _) -> close(breaking)
+    @test step!(trainer, breaking).loss > 0 && !isopen(breaking)
+    @test status_of(() -> step!(trainer, breaking)) == Lib.MXT_ERROR_NULL
+    # Several trainers at once.
+    shared = Dataset((number, tokens, _) -> (tokens .= window(number); yield()), 6)
+    losses = map(1:4) do _
+        Threads.@spawn [stats.loss for stats in steps(new_trainer(), shared, 10)]
+    end
+    @test length(unique(fetch.(losses))) == 1
+    # What a function captures lives as long as the dataset, and no longer.
+    events = Symbol[]
+    of_numbers(numbers) = Dataset((_, tokens, _) -> (tokens .= view(numbers, 1:17)), 6)
+    captured = of_garbage(of_numbers, events)
+    foreach(_ -> GC.gc(), 1:3)
+    @test isempty(events) && step!(trainer, captured).loss > 0
+    close(captured)
+    foreach(_ -> GC.gc(), 1:3)
+    @test events == [:tokens]
 end
 
 @testset "gradients" begin
@@ -1072,6 +1288,30 @@ end
         @test on_ranks(trained, 2) == [alone, alone]
     end
 
+    # Windows are filled by the ranks that want them; what one throws fails on all.
+    function filled(group)
+        seen, broken = Int[], Ref(false)
+        data = Dataset(8) do number, tokens, weights
+            broken[] && (group === nothing || group.rank == 1) && throw(Enough(6))
+            push!(seen, number)
+            tokens .= window(number)
+            weights .= factors(number)
+        end
+        trainer = Trainer(Model(new_engine(group = group); SMALL...); lanes = 2, how...)
+        losses = [stats.loss for stats in steps(trainer, data, 2)]
+        of_steps = copy(seen)
+        push!(losses, evaluate!(trainer, data).loss)
+        broken[] = true
+        error = thrown(() -> step!(trainer, data))
+        broken[] = false
+        return [losses; step!(trainer, data).loss], of_steps, error
+    end
+    alone, (first_rank, second_rank) = filled(nothing), on_ranks(filled, 2)
+    @test first_rank[1] == second_rank[1] == alone[1]
+    @test sort([first_rank[2]; second_rank[2]]) == sort(alone[2]) == 1:8
+    @test alone[3] === second_rank[3] === Enough(6)
+    @test first_rank[3].status == Lib.MXT_ERROR_PEER && occursin("window", first_rank[3].message)
+
     # What one cannot do nobody does, also where it is refused before the library sees it.
     found = on_ranks(2) do group
         trainer = Trainer(Model(new_engine(group = group); SMALL...); how...)
@@ -1172,8 +1412,8 @@ end
         done = parse(Int, readline(process))
         @test done >= 3
         @test steps_done(load(Trainer, new_engine(), joinpath(folder, "callback"))) == done
-        # So do a run that says nothing, once it runs, and that of a rank, ...
-        for name in ("silent", "rank")
+        # So do a run that says nothing, once it runs, on windows of the program, and of a rank, ...
+        for name in ("silent", "windows", "rank")
             while !isfile(joinpath(folder, name, "trainer.json")) && process_running(process)
                 sleep(0.01)
             end
