@@ -291,16 +291,16 @@ typedef enum mxt_schedule {
 // How the gradients of ranks get from GPU to GPU. It changes no bit where they are sent as f32
 // (gradient_wire). On processors they go through the callbacks.
 typedef enum mxt_transport {
-  // As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as MXT_TRANSPORT_HOST,
-  // with a warning to the log.
+  // As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as
+  // MXT_TRANSPORT_HOST, with a warning to the log.
   MXT_TRANSPORT_AUTO = 0,
   // By the callbacks, through the memory of the host.
   MXT_TRANSPORT_HOST = 1,
   // By NCCL, of which every rank needs the same release (libnccl.so.2, 2.19 or newer), and a GPU of
   // its own. Where it cannot be, mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says why.
   MXT_TRANSPORT_NCCL = 2,
-  // In each other's memory: of at most 8 GPUs of one host that reach it (over NVLink or PCIe), each of
-  // one rank. Likewise.
+  // In each other's memory: of at most 8 GPUs of one host that reach it (over NVLink or PCIe),
+  // each of one rank. Likewise.
   MXT_TRANSPORT_PEER = 3,
 } mxt_transport;
 
@@ -329,8 +329,8 @@ typedef enum mxt_run_end {
 } mxt_run_end;
 
 // Tokens to train on: files that are mapped into memory, tokens of the host, or windows that it
-// fills. It is never changed, so any number of threads and trainers may use it at once. Make with one of the
-// mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
+// fills. It is never changed, so any number of threads and trainers may use it at once. Make with
+// one of the mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
 //
 // All its tokens are checked against a model's vocabulary before the first step or evaluation of a
 // trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while
@@ -414,17 +414,18 @@ typedef void (*mxt_user_data_free_fn)(void *user_data);
 // Every rank computes its part of each step and has all of the model. For given `lanes` of the
 // trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
 //
-// Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
-// mxt_trainer_new, _load, _load_as, _step, _step_unless_stopped, _step_tokens, _update, _eval, _save
-// and _run. All ranks make them in the same order with the same arguments, but for tokens that a rank brings, and folders:
-// rank 0 writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
-// has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
-// alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
-// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this
-// struct) the others do not hear of: they wait, and the rank has to make the call again, or end. All
-// other calls, and freeing, are a rank's own, but for mxt_trainer_snapshot and mxt_snapshot_renew
-// with shard_states. One group makes one call at a time: a second thread that makes another one on
-// the same engine waits for it.
+// Calls on an engine with a group, and on what is made from it, that are collective:
+// mxt_engine_new, mxt_trainer_new, _load, _load_as, _step, _step_unless_stopped, _step_tokens,
+// _update, _eval, _save and _run. All ranks make them in the same order with the same arguments,
+// but for tokens that a rank brings, and folders: rank 0 writes to its own. What fails on one
+// rank, fails on all, before anything is changed: the rank itself has its error, the others
+// MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have alike what they must get
+// MXT_ERROR_MISMATCH with what differs. What the library refuses before it begins (MXT_ERROR_NULL,
+// _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this struct) the others do not
+// hear of: they wait, and the rank has to make the call again, or end. All other calls, and
+// freeing, are a rank's own, but for mxt_trainer_snapshot and mxt_snapshot_renew with
+// shard_states. One group makes one call at a time: a second thread that makes another one on the
+// same engine waits for it.
 //
 // Where NCCL carries gradients, it starts threads of its own in mxt_engine_new, and takes about
 // a GiB of the GPU beside what is planned. It is given back on a thread that mxt_engine_free, or what
@@ -449,24 +450,24 @@ typedef struct mxt_group {
   // library will never call the functions above again; as log_user_data_free of mxt_engine_options.
   // NULL (default): nothing is called.
   mxt_user_data_free_fn user_data_free;
-  // Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot tell a
-  // rank that is gone from one that is slow, and the callbacks show one that is gone earlier. The
-  // call returns MXT_ERROR_PEER then. At least 1. Default 600.
+  // Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot
+  // tell a rank that is gone from one that is slow, and the callbacks show one that is gone
+  // earlier. The call returns MXT_ERROR_PEER then. At least 1. Default 600.
   uint64_t timeout_seconds;
   // One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
   int32_t transport;
-  // 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
-  // to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
-  // changes no bit. For adamw and muon without ramping; mxt_trainer_watch_updates is
-  // MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective, and that of rank 0 has all
-  // that there is to save. What a rank kept is lost with it, and where a group ends within a step,
-  // weights may be those of within it: go on from a checkpoint then. 0 (default): every rank keeps
-  // all.
+  // 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and
+  // gives it to all others, so that a rank takes a part of their memory (ZeRO-1); the same on
+  // all ranks. It changes no bit. For adamw and muon without ramping; mxt_trainer_watch_updates
+  // is MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective, and that of rank 0
+  // has all that there is to save. What a rank kept is lost with it, and where a group ends
+  // within a step, weights may be those of within it: go on from a checkpoint then. 0 (default):
+  // every rank keeps all.
   int32_t shard_states;
-  // One of mxt_wire, the same on all ranks: what gradients are sent as, for links that are slower than
-  // what computes gradients. Sums are made in f32. All but MXT_WIRE_F32 change losses a little, and
-  // make their bits those of so many ranks; not with MXT_TRANSPORT_PEER, and MXT_TRANSPORT_AUTO passes
-  // over that. Default MXT_WIRE_F32.
+  // One of mxt_wire, the same on all ranks: what gradients are sent as, for links that are
+  // slower than what computes gradients. Sums are made in f32. All but MXT_WIRE_F32 change
+  // losses a little, and make their bits those of so many ranks; not with MXT_TRANSPORT_PEER,
+  // and MXT_TRANSPORT_AUTO passes over that. Default MXT_WIRE_F32.
   int32_t gradient_wire;
   // Must be 0.
   int32_t reserved;
@@ -655,19 +656,21 @@ typedef struct mxt_dataset_options {
   int32_t reserved;
 } mxt_dataset_options;
 
-// Fills window `number` of a dataset: `tokens` gets sequence_length + 1 tokens, of which all but the
-// last are inputs, and each but the first the target of the one before it; `weights` has
-// sequence_length numbers, a factor of each target's loss, which are 1 before: 0 for what is not to
-// be learned, as a prompt or padding. Both are borrowed for the call. The same number has to give the
-// same window whenever it is asked for, so that a run that is resumed is the run that was not stopped.
+// Fills window `number` of a dataset: `tokens` gets sequence_length + 1 tokens, of which all but
+// the last are inputs, and each but the first the target of the one before it; `weights` has
+// sequence_length numbers, a factor of each target's loss, at least 0 and 1 before: 0 for what is
+// not to be learned, as a prompt or padding. Both are borrowed for the call. The same number has
+// to give the same window whenever it is asked for, so that a run that is resumed is the run that
+// was not stopped.
 //
-// Returns 0; any other number ends the call that needs the window with MXT_ERROR_IO, and the trainer
-// is as before it. A token outside of the vocabulary ends it with MXT_ERROR_TOKEN_RANGE, a weight that
-// is not finite with MXT_ERROR_NOT_FINITE.
+// Returns 0; any other number ends the call that needs the window with MXT_ERROR_IO, and the
+// trainer is as before it. A token outside of the vocabulary ends it with MXT_ERROR_TOKEN_RANGE, a
+// weight that is not finite with MXT_ERROR_NOT_FINITE, one below 0 with
+// MXT_ERROR_INVALID_ARGUMENT.
 //
-// Runs on the thread that is inside that call; on several threads at once where several trainers use
-// the dataset. Calls on the trainer that it fills for, and on its model, return MXT_ERROR_BUSY. It must
-// not throw or longjmp.
+// Runs on the thread that is inside that call; on several threads at once where several trainers
+// use the dataset. Calls on the trainer that it fills for, and on its model, return
+// MXT_ERROR_BUSY. It must not throw or longjmp.
 typedef int32_t (*mxt_window_fn)(void *user_data,
                                  uint64_t number,
                                  uint32_t *tokens,
@@ -889,10 +892,10 @@ typedef struct mxt_logits {
   uint64_t vocab_size;
 } mxt_logits;
 
-// Makes losses of logits, and their gradients, for some rows of a batch: all rows come, in their order,
-// each once, some 32 MiB of logits at a time, or 64 rows where these take more. What is written for
-// rows whose target is ignored, or whose weight is 0, does not count. All that `rows` points to is
-// borrowed for the call.
+// Makes losses of logits, and their gradients, for some rows of a batch: all rows come, in their
+// order, each once, some 32 MiB of logits at a time, or 64 rows where these take more. What is
+// written for rows whose target is ignored, or whose weight is 0, does not count. All that `rows`
+// points to is borrowed for the call.
 //
 // Returns 0 to go on; any other number ends mxt_trainer_forward_backward with MXT_STOPPED. A number
 // that it writes and that is not finite shows at mxt_trainer_update, as MXT_ERROR_NOT_FINITE.
@@ -1532,11 +1535,13 @@ mxt_status mxt_dataset_from_memory(const void *tokens,
                                    struct mxt_dataset **dataset);
 
 // Makes a dataset of `count` windows that the host fills, numbered from 0, each time that one is
-// wanted, and stores it in `*dataset` for the caller to free. Training asks for all of them once in
-// an epoch, in an order that the engine's seed gives, an evaluation for some spread evenly, in their
-// order. A loss is the weighted sum over the sum of weights of its step or evaluation; the tokens of
-// an evaluation are the targets whose weight is not 0. Functions that read tokens of a dataset return
-// MXT_ERROR_UNSUPPORTED.
+// wanted, and stores it in `*dataset` for the caller to free. Training asks for all of them once
+// in an epoch, in an order that the engine's seed gives, an evaluation for some spread evenly, in
+// their order. A loss is the weighted sum over the sum of weights of its step or evaluation; a
+// step whose weights are all 0 has a loss of 0 and no gradient, such an evaluation is
+// MXT_ERROR_INVALID_ARGUMENT. The tokens of an evaluation are the targets whose weight is not 0.
+// Ranks of a group compare the number of windows, and not what is in them. Functions that read
+// tokens of a dataset return MXT_ERROR_UNSUPPORTED.
 //
 // `user_data` is passed to `fill`, and to `user_data_free` (which may be NULL) as for
 // mxt_dataset_from_memory.
@@ -1656,9 +1661,10 @@ mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             struct mxt_step_stats *stats);
 
-// mxt_trainer_step, given up where a stop is asked for (mxt_trainer_request_stop, from any thread or
-// signal handler, or a callback that fills windows): it is seen before each batch of the step. The next
-// step then does the same from its beginning. The request stands until mxt_trainer_clear_stop.
+// mxt_trainer_step, given up where a stop is asked for (mxt_trainer_request_stop, from any thread
+// or signal handler, or a callback that fills windows): it is seen before each batch of the step.
+// The next step then does the same from its beginning. The request stands until
+// mxt_trainer_clear_stop.
 //
 // Errors: as mxt_trainer_step, and MXT_STOPPED: weights and moments are as before the step.
 mxt_status mxt_trainer_step_unless_stopped(struct mxt_trainer *trainer,
@@ -1800,32 +1806,48 @@ mxt_status mxt_plan(const struct mxt_engine *engine,
 mxt_status mxt_batch_init(struct mxt_batch *batch,
                           size_t struct_size);
 
-// Computes the gradients of a batch, and adds them to those of the batches since the last update: of
-// the sum of all weighted losses over the sum of divisors. mxt_trainer_update makes the step of them.
-// Where `accumulation` such batches have no weights but 1, that step has the bits of
-// mxt_trainer_step_tokens; any other number of batches is as good, but where the trainer has lanes,
-// or is in a group of ranks, of which each gives its accumulation / ranks.
+// Computes the gradients of a batch, and adds them to those of the batches since the last update:
+// of the sum of all weighted losses over the sum of divisors. mxt_trainer_update makes the step of
+// them. Where `accumulation` such batches have no weights but 1, that step has the bits of
+// mxt_trainer_step_tokens; any other number of batches is as good, but where the trainer has
+// lanes, or is in a group of ranks, of which each gives its accumulation / ranks; or keeps
+// gradients in bf16, which take one.
 //
 // It is not collective. mxt_trainer_step and its like return MXT_ERROR_INVALID_ARGUMENT while batches
 // wait for an update; evaluating and saving go on, and a checkpoint does not have them.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; more
-// batches than a step with lanes has; an optimizer with "ramping"), MXT_ERROR_TOKEN_RANGE,
-// MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still wait then. MXT_STOPPED
-// (`loss` returned another number than 0): none of them does any more, and the step begins anew.
+// batches than a step has; gradients that were written or scaled; an optimizer with "ramping"),
+// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still
+// wait then. MXT_STOPPED (`loss` returned another number than 0): none of them does any more, and
+// the step begins anew.
 mxt_status mxt_trainer_forward_backward(struct mxt_trainer *trainer,
                                         const struct mxt_batch *batch);
 
-// One optimizer step by the gradients of all batches since the last one (mxt_trainer_forward_backward)
-// and stores what it did in `*stats` (struct_size set by the caller; NULL if not wanted): clips, and
-// moves the weights. Collective in a group of ranks.
+// Computes the loss of a batch, without gradients, and stores it in `*stats` (struct_size set by
+// the caller): the sum of its weighted losses over its divisor; the tokens are the targets whose
+// weight is not 0. Like mxt_trainer_eval it changes nothing of the run, batches that wait for an
+// update included, and a loss that is NaN or infinite is a result, not an error. What a `loss` of
+// the batch writes for gradients is dropped. It is not collective.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no batch waits, or too
-// few with lanes; or the divisors of all of them are not above 0 together, as where every target is
-// ignored), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Weights and moments are then as before, and but for
-// too few batches none waits any more.
-mxt_status mxt_trainer_update(struct mxt_trainer *trainer,
-                              struct mxt_step_stats *stats);
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; a
+// divisor that is not above 0, as where every target is ignored), MXT_ERROR_TOKEN_RANGE,
+// MXT_ERROR_NOT_FINITE (a weight), MXT_STOPPED (`loss` returned another number than 0),
+// MXT_ERROR_BUSY.
+mxt_status mxt_trainer_forward(struct mxt_trainer *trainer,
+                               const struct mxt_batch *batch,
+                               struct mxt_eval_stats *stats);
+
+// One optimizer step by the gradients of all batches since the last one
+// (mxt_trainer_forward_backward) and stores what it did in `*stats` (struct_size set by the
+// caller; NULL if not wanted): clips, and moves the weights. Collective in a group of ranks.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no batch waits, or
+// too few with lanes; or the divisors of all of them are not above 0 together, as where every
+// target is ignored, or beyond 1e-20 or 1e20 a position), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY.
+// Weights and moments are then as before. Batches still wait where there are too few, here or on
+// another rank, and where ranks ask for different things; after any other error none does.
+mxt_status mxt_trainer_update(struct mxt_trainer *trainer, struct mxt_step_stats *stats);
 
 // Drops the gradients that wait for an update; the next batch begins a step anew.
 //
@@ -1833,7 +1855,7 @@ mxt_status mxt_trainer_update(struct mxt_trainer *trainer,
 mxt_status mxt_trainer_zero_gradients(struct mxt_trainer *trainer);
 
 // Multiplies the gradient that waits for an update by `factor`, of the tensor of this name or, where
-// `tensor` is NULL, of all. `tensor` is borrowed for the call.
+// `tensor` is NULL, of all. No batch can be added then. `tensor` is borrowed for the call.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 // factor that is not finite; no gradient waits), MXT_ERROR_UNSUPPORTED (with lanes, or in a group),
@@ -1842,26 +1864,28 @@ mxt_status mxt_trainer_scale_gradients(struct mxt_trainer *trainer,
                                        const char *tensor,
                                        float factor);
 
-// Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape that
-// mxt_model_tensor_info gives: of the last step, before clipping; or, where batches wait for an update,
-// of their loss so far (of this rank, and of its last lane). `values` may lie on the engine's GPU.
+// Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape
+// that mxt_model_tensor_info gives: of the last step, before clipping; or, where batches wait for
+// an update, of their loss so far (of this rank, and of its last lane). Gradients that were
+// dropped, by mxt_trainer_zero_gradients or an error, are not read. `values` may lie on the
+// engine's GPU.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT
-// (another count; the divisors of the batches are not above 0 together), MXT_ERROR_UNSUPPORTED (a
-// tensor of which another rank has the gradient), MXT_ERROR_BUSY.
+// (another count; dropped gradients; the divisors of the batches are not above 0 together),
+// MXT_ERROR_UNSUPPORTED (a tensor of which another rank has the gradient), MXT_ERROR_BUSY.
 mxt_status mxt_trainer_read_gradient(struct mxt_trainer *trainer,
                                      const char *tensor,
                                      float *values,
                                      size_t count);
 
 // Overwrites the gradient of a tensor that waits for an update, in the shape that
-// mxt_model_tensor_info gives; mxt_trainer_read_gradient then reads the same. Where none waits, those of
-// all other tensors are 0: a host may bring all gradients itself. `values` may lie on the engine's
-// GPU.
+// mxt_model_tensor_info gives; mxt_trainer_read_gradient then reads the same. Where none waits,
+// those of all other tensors are 0: a host may bring all gradients itself. No batch can be added
+// then. `values` may lie on the engine's GPU.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (as for
-// mxt_trainer_read_gradient), MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (with lanes, or in a group),
-// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (as
+// for mxt_trainer_read_gradient), MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (with lanes, or in a
+// group), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 mxt_status mxt_trainer_write_gradient(struct mxt_trainer *trainer,
                                       const char *tensor,
                                       const float *values,

@@ -308,14 +308,12 @@ fn a_rank_with_too_few_batches_is_heard() {
         if engine.rank() == 1 {
             give(&mut trainer);
         } else {
-            // One more than there may be.
-            let more = add(&mut trainer, &windows(3, 3), false);
-            // That of before the failed update was dropped.
-            more.unwrap();
+            // One more than there may be: that of before still waits.
             add(&mut trainer, &windows(3, 3), false).unwrap_err();
         }
         (refused, bits(&trainer.update().unwrap()))
     });
+    // Nothing was done, so each has what it gave.
     assert!(results[0].0.contains("rank 1"), "{}", results[0].0);
     assert!(results[1].0.contains("expected gradients"), "{}", results[1].0);
     assert_eq!(results[0].1, results[1].1);
@@ -436,13 +434,17 @@ fn gradients_are_the_hosts_to_change() {
             assert!(is_expected, "{}", names[i].0);
         }
 
-        // Written among others, it is read as it was written.
+        // Written among others, it is read as it was written; no batch is added to it.
         add(&mut scaled, &windows(5, 3), false).unwrap();
         let values: Vec<f32> = (0..names[2].1).map(|i| i as f32 * 1e-3).collect();
         scaled.write_gradient(&names[2].0, &values).unwrap();
         let exact: Vec<f64> = values.iter().map(|v| f64::from(*v)).collect();
         assert!(relative_error(&gradients(&scaled)[2], &exact) < 1e-7);
+        let refused = add(&mut scaled, &windows(5, 3), false).unwrap_err().to_string();
+        assert!(refused.contains("written or scaled"), "{refused}");
+        assert!(relative_error(&gradients(&scaled)[2], &exact) < 1e-7);
         scaled.zero_gradients();
+        assert!(scaled.read_gradient(&names[2].0, &mut vec![0.0; names[2].1]).is_err());
         let nothing = scaled.update().unwrap_err().to_string();
         assert!(nothing.contains("call forward_backward first"), "{nothing}");
     }
@@ -561,6 +563,84 @@ fn what_is_ignored_may_be_anything() {
         wild.forward_backward(batch, None).unwrap();
         let error = wild.update().unwrap_err().to_string();
         assert!(error.contains("the loss of step 2"), "{error}");
+    }
+}
+
+/// The loss alone, with weights and of the host, is that of a step; it leaves batches that wait alone,
+/// and is to be had where nothing can be trained.
+#[test]
+fn forward_is_the_loss_of_a_step() {
+    for engine in engines() {
+        let [mut plain, mut asked] = [(); 2].map(|()| trainer(&engine, options("bf16", 1, 1)));
+        let (tokens, targets) = (inputs(&windows(1, 3)), targets(&windows(1, 3)));
+        let weights: Vec<f32> = (0..3 * T).map(|i| [0.0, 1.0, 2.5][i % 3]).collect();
+        let batch = || Batch {
+            tokens: &tokens,
+            targets: &targets,
+            weights: Some(&weights),
+            ..Batch::default()
+        };
+        for _ in 0..3 {
+            for trainer in [&mut plain, &mut asked] {
+                trainer.forward_backward(batch(), None).unwrap();
+            }
+            let mut losses = vec![f32::NAN; 3 * T];
+            let found = asked.forward(batch(), Some(&mut losses)).unwrap();
+            let mut loss = |of: LogitRows<'_>| {
+                smoothed(of, &targets, VOCAB, 0.0);
+                Ok(())
+            };
+            let own = Batch { loss: Some(&mut loss), ..batch() };
+            let by_host = asked.forward(own, None).unwrap();
+            let [expected, stats] = [&mut plain, &mut asked].map(|t| t.update().unwrap());
+            assert_eq!(bits(&stats), bits(&expected));
+            assert!((found.loss - stats.loss).abs() < 2e-3, "{} {}", found.loss, stats.loss);
+            assert!((by_host.loss - found.loss).abs() < 1e-4, "{} {}", by_host.loss, found.loss);
+            assert_eq!((found.tokens, by_host.tokens), (2 * T as u64, 2 * T as u64));
+            assert!(losses.iter().all(|loss| *loss > 0.0));
+        }
+        let nothing = vec![IGNORED; 3 * T];
+        assert!(asked.forward(Batch { targets: &nothing, ..batch() }, None).is_err());
+    }
+}
+
+/// Weights so small or so large that gradients would be lost before they are divided are refused.
+#[test]
+fn the_mean_weight_is_within_reason() {
+    for engine in engines() {
+        let mut plain = trainer(&engine, options("fp32", 1, 1));
+        let (tokens, targets) = (inputs(&windows(1, 3)), targets(&windows(1, 3)));
+        let norm = |trainer: &mut Trainer, weight: f32| {
+            let weights = [weight; 3 * T];
+            let weights = Some(&weights[..]);
+            let batch = Batch { tokens: &tokens, targets: &targets, weights, ..Batch::default() };
+            trainer.forward_backward(batch, None)?;
+            trainer.update().map(|stats| stats.grad_norm)
+        };
+        plain.set_lr(Some(0.0)).unwrap();
+        let expected = norm(&mut plain, 1.0).unwrap();
+        for weight in [1e-19, 1e19] {
+            let found = norm(&mut plain, weight).unwrap();
+            assert!((found - expected).abs() < 1e-4 * expected, "{weight}: {found} {expected}");
+        }
+        for weight in [1e-21, 1e21, 1e-40, f32::MIN_POSITIVE] {
+            let error = norm(&mut plain, weight).unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument { what: "divisor", .. }), "{error}");
+        }
+    }
+}
+
+/// A sum that is rounded after each batch would be another one.
+#[test]
+fn gradients_in_bf16_are_of_one_batch() {
+    for engine in engines() {
+        let optimizer = "adamw,gradients=bf16".parse().unwrap();
+        let options = TrainerOptions { optimizer, ..options("bf16", 1, 1) };
+        let mut trainer = trainer(&engine, options);
+        add(&mut trainer, &windows(1, 3), false).unwrap();
+        let refused = add(&mut trainer, &windows(1, 3), false).unwrap_err().to_string();
+        assert!(refused.contains("gradients=bf16"), "{refused}");
+        trainer.update().unwrap();
     }
 }
 

@@ -913,6 +913,19 @@ class Trainer {
     return forward_backward(batch);
   }
 
+  // The loss of a batch, without gradients.
+  outcome<EvalStats> forward(const Batch &batch) {
+    auto stats = detail::sized<EvalStats>();
+    const mxt_status status = mxt_trainer_forward(get(), &batch, &stats);
+    return detail::finish(status, stats);
+  }
+  template <class Loss>
+  outcome<EvalStats> forward(Batch batch, Loss loss) {
+    batch.loss = detail::on_logits<Loss>;
+    batch.user_data = std::addressof(loss);
+    return forward(batch);
+  }
+
   // One optimizer step by the gradients of all batches since the last one.
   outcome<StepStats> update() {
     auto stats = detail::sized<StepStats>();

@@ -34,8 +34,8 @@ pub struct Classifier<'a, B: Memory> {
 pub struct HostClassifier<'a, B: Memory> {
     /// (rows), overwritten by the host.
     pub losses: &'a mut B::F32,
-    /// Where gradients go.
-    pub gradient: ClassifierGradient<'a, B>,
+    /// Where gradients go, if they are wanted; else what the host makes of logits is dropped.
+    pub gradient: Option<ClassifierGradient<'a, B>>,
     /// (rows, C)
     pub x: &'a B::Tensor,
     /// (V, C)

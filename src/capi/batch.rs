@@ -9,10 +9,10 @@ use super::status::mxt_status_code::{MXT_ERROR_NULL, MXT_STOPPED};
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::trainer::mxt_trainer;
-use super::trainer_structs::mxt_step_stats;
+use super::trainer_structs::{mxt_eval_stats, mxt_step_stats};
 use super::{arguments, buffers, float_mode, guard};
 use crate::trainer::Given;
-use crate::{Engine, Error, IGNORED, LogitRows};
+use crate::{Engine, Error, HostLoss, IGNORED, LogitRows, Trainer};
 
 /// In place of a target: the position is no part of the loss, as -100 is in PyTorch.
 pub const MXT_IGNORED: u32 = 0xffff_ffff;
@@ -39,10 +39,10 @@ pub struct mxt_logits {
 }
 versioned!(mxt_logits, last = vocab_size: u64);
 
-/// Makes losses of logits, and their gradients, for some rows of a batch: all rows come, in their order,
-/// each once, some 32 MiB of logits at a time, or 64 rows where these take more. What is written for
-/// rows whose target is ignored, or whose weight is 0, does not count. All that `rows` points to is
-/// borrowed for the call.
+/// Makes losses of logits, and their gradients, for some rows of a batch: all rows come, in their
+/// order, each once, some 32 MiB of logits at a time, or 64 rows where these take more. What is
+/// written for rows whose target is ignored, or whose weight is 0, does not count. All that `rows`
+/// points to is borrowed for the call.
 ///
 /// Returns 0 to go on; any other number ends mxt_trainer_forward_backward with MXT_STOPPED. A number
 /// that it writes and that is not finite shows at mxt_trainer_update, as MXT_ERROR_NOT_FINITE.
@@ -111,19 +111,21 @@ pub unsafe extern "C" fn mxt_batch_init(batch: *mut mxt_batch, struct_size: usiz
     guard::function("mxt_batch_init", || unsafe { structs::init(batch, struct_size) })
 }
 
-/// Computes the gradients of a batch, and adds them to those of the batches since the last update: of
-/// the sum of all weighted losses over the sum of divisors. mxt_trainer_update makes the step of them.
-/// Where `accumulation` such batches have no weights but 1, that step has the bits of
-/// mxt_trainer_step_tokens; any other number of batches is as good, but where the trainer has lanes,
-/// or is in a group of ranks, of which each gives its accumulation / ranks.
+/// Computes the gradients of a batch, and adds them to those of the batches since the last update:
+/// of the sum of all weighted losses over the sum of divisors. mxt_trainer_update makes the step of
+/// them. Where `accumulation` such batches have no weights but 1, that step has the bits of
+/// mxt_trainer_step_tokens; any other number of batches is as good, but where the trainer has
+/// lanes, or is in a group of ranks, of which each gives its accumulation / ranks; or keeps
+/// gradients in bf16, which take one.
 ///
 /// It is not collective. mxt_trainer_step and its like return MXT_ERROR_INVALID_ARGUMENT while batches
 /// wait for an update; evaluating and saving go on, and a checkpoint does not have them.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; more
-/// batches than a step with lanes has; an optimizer with "ramping"), MXT_ERROR_TOKEN_RANGE,
-/// MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still wait then. MXT_STOPPED
-/// (`loss` returned another number than 0): none of them does any more, and the step begins anew.
+/// batches than a step has; gradients that were written or scaled; an optimizer with "ramping"),
+/// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still
+/// wait then. MXT_STOPPED (`loss` returned another number than 0): none of them does any more, and
+/// the step begins anew.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_forward_backward(
     trainer: *mut mxt_trainer,
@@ -132,30 +134,78 @@ pub unsafe extern "C" fn mxt_trainer_forward_backward(
     // SAFETY: pointers are NULL or valid, as the header asks.
     unsafe {
         guard::method("mxt_trainer_forward_backward", trainer, |trainer| {
-            let batch = read("batch", batch)?;
-            if batch.targets.is_null() && batch.loss.is_none() {
-                let message = "targets is NULL; pass what each position is to predict, or a loss";
-                return Err(Failure::new(MXT_ERROR_NULL, message));
-            }
-            let engine = trainer.engine();
-            if batch.losses.is_null() {
-                return forward_backward(trainer, engine, &batch, None);
-            }
-            buffers::fill(engine, "losses", batch.losses, batch.count, |losses| {
-                forward_backward(trainer, engine, &batch, Some(losses))
+            with_batch(trainer, batch, |trainer, given, loss, losses| {
+                trainer.forward_backward_given(given, loss, losses)
             })
+        })
+    }
+}
+
+/// Computes the loss of a batch, without gradients, and stores it in `*stats` (struct_size set by
+/// the caller): the sum of its weighted losses over its divisor; the tokens are the targets whose
+/// weight is not 0. Like mxt_trainer_eval it changes nothing of the run, batches that wait for an
+/// update included, and a loss that is NaN or infinite is a result, not an error. What a `loss` of
+/// the batch writes for gradients is dropped. It is not collective.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; a
+/// divisor that is not above 0, as where every target is ignored), MXT_ERROR_TOKEN_RANGE,
+/// MXT_ERROR_NOT_FINITE (a weight), MXT_STOPPED (`loss` returned another number than 0),
+/// MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_forward(
+    trainer: *mut mxt_trainer,
+    batch: *const mxt_batch,
+    stats: *mut mxt_eval_stats,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_forward", trainer, |trainer| {
+            let out = Out::required("stats", stats)?;
+            let stats = with_batch(trainer, batch, |trainer, given, loss, losses| {
+                trainer.forward_given(given, loss, losses)
+            })?;
+            out.put(stats.into());
+            Ok(())
+        })
+    }
+}
+
+/// What is done with a batch: its numbers, its loss, and where the losses of positions go.
+type Work<R> =
+    fn(&mut Trainer, &Given<'_>, Option<&mut HostLoss<'_>>, Option<&mut [f32]>) -> crate::Result<R>;
+
+/// # Safety
+/// `batch` and its pointers are NULL or valid, as the header asks.
+unsafe fn with_batch<R>(
+    trainer: &mxt_trainer,
+    batch: *const mxt_batch,
+    work: Work<R>,
+) -> Result<R, Failure> {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let batch = read("batch", batch)?;
+        if batch.targets.is_null() && batch.loss.is_none() {
+            let message = "targets is NULL; pass what each position is to predict, or a loss";
+            return Err(Failure::new(MXT_ERROR_NULL, message));
+        }
+        if batch.losses.is_null() {
+            return with_losses(trainer, &batch, None, work);
+        }
+        buffers::fill(trainer.engine(), "losses", batch.losses, batch.count, |losses| {
+            with_losses(trainer, &batch, Some(losses), work)
         })
     }
 }
 
 /// # Safety
 /// The pointers of `batch` are NULL or valid, as the header asks.
-unsafe fn forward_backward(
+unsafe fn with_losses<R>(
     trainer: &mxt_trainer,
-    engine: &Engine,
     batch: &mxt_batch,
     losses: Option<&mut [f32]>,
-) -> Result<(), Failure> {
+    work: Work<R>,
+) -> Result<R, Failure> {
+    let engine = trainer.engine();
     let mxt_batch { count, tokens, targets, weights, divisor, loss, user_data, .. } = *batch;
     // What the host wants instead of going on.
     let code = Cell::new(0);
@@ -192,7 +242,7 @@ unsafe fn forward_backward(
                             divisor: Some(divisor).filter(|divisor| *divisor != 0.0),
                         };
                         let loss = of_host.as_mut().map(|call| &mut **call as _);
-                        Ok(trainer.forward_backward_given(&given, loss, losses)?)
+                        Ok(work(trainer, &given, loss, losses)?)
                     })
                 })
             })
@@ -222,14 +272,15 @@ unsafe fn optional<T: Pod + Default, R>(
     unsafe { buffers::read_in_parts(engine, what, data, count, |copy| body(Some(copy))) }
 }
 
-/// One optimizer step by the gradients of all batches since the last one (mxt_trainer_forward_backward)
-/// and stores what it did in `*stats` (struct_size set by the caller; NULL if not wanted): clips, and
-/// moves the weights. Collective in a group of ranks.
+/// One optimizer step by the gradients of all batches since the last one
+/// (mxt_trainer_forward_backward) and stores what it did in `*stats` (struct_size set by the
+/// caller; NULL if not wanted): clips, and moves the weights. Collective in a group of ranks.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no batch waits, or too
-/// few with lanes; or the divisors of all of them are not above 0 together, as where every target is
-/// ignored), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Weights and moments are then as before, and but for
-/// too few batches none waits any more.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no batch waits, or
+/// too few with lanes; or the divisors of all of them are not above 0 together, as where every
+/// target is ignored, or beyond 1e-20 or 1e20 a position), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY.
+/// Weights and moments are then as before. Batches still wait where there are too few, here or on
+/// another rank, and where ranks ask for different things; after any other error none does.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_update(
     trainer: *mut mxt_trainer,
@@ -265,7 +316,7 @@ pub unsafe extern "C" fn mxt_trainer_zero_gradients(trainer: *mut mxt_trainer) -
 }
 
 /// Multiplies the gradient that waits for an update by `factor`, of the tensor of this name or, where
-/// `tensor` is NULL, of all. `tensor` is borrowed for the call.
+/// `tensor` is NULL, of all. No batch can be added then. `tensor` is borrowed for the call.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 /// factor that is not finite; no gradient waits), MXT_ERROR_UNSUPPORTED (with lanes, or in a group),
@@ -288,13 +339,15 @@ pub unsafe extern "C" fn mxt_trainer_scale_gradients(
     }
 }
 
-/// Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape that
-/// mxt_model_tensor_info gives: of the last step, before clipping; or, where batches wait for an update,
-/// of their loss so far (of this rank, and of its last lane). `values` may lie on the engine's GPU.
+/// Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape
+/// that mxt_model_tensor_info gives: of the last step, before clipping; or, where batches wait for
+/// an update, of their loss so far (of this rank, and of its last lane). Gradients that were
+/// dropped, by mxt_trainer_zero_gradients or an error, are not read. `values` may lie on the
+/// engine's GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT
-/// (another count; the divisors of the batches are not above 0 together), MXT_ERROR_UNSUPPORTED (a
-/// tensor of which another rank has the gradient), MXT_ERROR_BUSY.
+/// (another count; dropped gradients; the divisors of the batches are not above 0 together),
+/// MXT_ERROR_UNSUPPORTED (a tensor of which another rank has the gradient), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_read_gradient(
     trainer: *mut mxt_trainer,
@@ -314,13 +367,13 @@ pub unsafe extern "C" fn mxt_trainer_read_gradient(
 }
 
 /// Overwrites the gradient of a tensor that waits for an update, in the shape that
-/// mxt_model_tensor_info gives; mxt_trainer_read_gradient then reads the same. Where none waits, those of
-/// all other tensors are 0: a host may bring all gradients itself. `values` may lie on the engine's
-/// GPU.
+/// mxt_model_tensor_info gives; mxt_trainer_read_gradient then reads the same. Where none waits,
+/// those of all other tensors are 0: a host may bring all gradients itself. No batch can be added
+/// then. `values` may lie on the engine's GPU.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (as for
-/// mxt_trainer_read_gradient), MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (with lanes, or in a group),
-/// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (as
+/// for mxt_trainer_read_gradient), MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (with lanes, or in a
+/// group), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_write_gradient(
     trainer: *mut mxt_trainer,

@@ -18,8 +18,8 @@ use crate::reserve::reserve;
 use crate::{Coverage, Dataset, DatasetOptions, Error, TokenMemory, TokenType};
 
 /// Tokens to train on: files that are mapped into memory, tokens of the host, or windows that it
-/// fills. It is never changed, so any number of threads and trainers may use it at once. Make with one of the
-/// mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
+/// fills. It is never changed, so any number of threads and trainers may use it at once. Make with
+/// one of the mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
 ///
 /// All its tokens are checked against a model's vocabulary before the first step or evaluation of a
 /// trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while
@@ -394,19 +394,21 @@ borrowed_memory! {
     u32, U32;
 }
 
-/// Fills window `number` of a dataset: `tokens` gets sequence_length + 1 tokens, of which all but the
-/// last are inputs, and each but the first the target of the one before it; `weights` has
-/// sequence_length numbers, a factor of each target's loss, which are 1 before: 0 for what is not to
-/// be learned, as a prompt or padding. Both are borrowed for the call. The same number has to give the
-/// same window whenever it is asked for, so that a run that is resumed is the run that was not stopped.
+/// Fills window `number` of a dataset: `tokens` gets sequence_length + 1 tokens, of which all but
+/// the last are inputs, and each but the first the target of the one before it; `weights` has
+/// sequence_length numbers, a factor of each target's loss, at least 0 and 1 before: 0 for what is
+/// not to be learned, as a prompt or padding. Both are borrowed for the call. The same number has
+/// to give the same window whenever it is asked for, so that a run that is resumed is the run that
+/// was not stopped.
 ///
-/// Returns 0; any other number ends the call that needs the window with MXT_ERROR_IO, and the trainer
-/// is as before it. A token outside of the vocabulary ends it with MXT_ERROR_TOKEN_RANGE, a weight that
-/// is not finite with MXT_ERROR_NOT_FINITE.
+/// Returns 0; any other number ends the call that needs the window with MXT_ERROR_IO, and the
+/// trainer is as before it. A token outside of the vocabulary ends it with MXT_ERROR_TOKEN_RANGE, a
+/// weight that is not finite with MXT_ERROR_NOT_FINITE, one below 0 with
+/// MXT_ERROR_INVALID_ARGUMENT.
 ///
-/// Runs on the thread that is inside that call; on several threads at once where several trainers use
-/// the dataset. Calls on the trainer that it fills for, and on its model, return MXT_ERROR_BUSY. It must
-/// not throw or longjmp.
+/// Runs on the thread that is inside that call; on several threads at once where several trainers
+/// use the dataset. Calls on the trainer that it fills for, and on its model, return
+/// MXT_ERROR_BUSY. It must not throw or longjmp.
 pub type mxt_window_fn = Option<
     unsafe extern "C-unwind" fn(
         user_data: *mut c_void,
@@ -418,11 +420,13 @@ pub type mxt_window_fn = Option<
 >;
 
 /// Makes a dataset of `count` windows that the host fills, numbered from 0, each time that one is
-/// wanted, and stores it in `*dataset` for the caller to free. Training asks for all of them once in
-/// an epoch, in an order that the engine's seed gives, an evaluation for some spread evenly, in their
-/// order. A loss is the weighted sum over the sum of weights of its step or evaluation; the tokens of
-/// an evaluation are the targets whose weight is not 0. Functions that read tokens of a dataset return
-/// MXT_ERROR_UNSUPPORTED.
+/// wanted, and stores it in `*dataset` for the caller to free. Training asks for all of them once
+/// in an epoch, in an order that the engine's seed gives, an evaluation for some spread evenly, in
+/// their order. A loss is the weighted sum over the sum of weights of its step or evaluation; a
+/// step whose weights are all 0 has a loss of 0 and no gradient, such an evaluation is
+/// MXT_ERROR_INVALID_ARGUMENT. The tokens of an evaluation are the targets whose weight is not 0.
+/// Ranks of a group compare the number of windows, and not what is in them. Functions that read
+/// tokens of a dataset return MXT_ERROR_UNSUPPORTED.
 ///
 /// `user_data` is passed to `fill`, and to `user_data_free` (which may be NULL) as for
 /// mxt_dataset_from_memory.

@@ -57,16 +57,16 @@ pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub enum mxt_transport {
-    /// As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as MXT_TRANSPORT_HOST,
-    /// with a warning to the log.
+    /// As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as
+    /// MXT_TRANSPORT_HOST, with a warning to the log.
     Auto = 0,
     /// By the callbacks, through the memory of the host.
     Host = 1,
     /// By NCCL, of which every rank needs the same release (libnccl.so.2, 2.19 or newer), and a GPU of
     /// its own. Where it cannot be, mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says why.
     Nccl = 2,
-    /// In each other's memory: of at most 8 GPUs of one host that reach it (over NVLink or PCIe), each of
-    /// one rank. Likewise.
+    /// In each other's memory: of at most 8 GPUs of one host that reach it (over NVLink or PCIe),
+    /// each of one rank. Likewise.
     Peer = 3,
 }
 
@@ -91,17 +91,18 @@ pub enum mxt_wire {
 /// Every rank computes its part of each step and has all of the model. For given `lanes` of the
 /// trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
 ///
-/// Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
-/// mxt_trainer_new, _load, _load_as, _step, _step_unless_stopped, _step_tokens, _update, _eval, _save
-/// and _run. All ranks make them in the same order with the same arguments, but for tokens that a rank brings, and folders:
-/// rank 0 writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
-/// has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
-/// alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
-/// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this
-/// struct) the others do not hear of: they wait, and the rank has to make the call again, or end. All
-/// other calls, and freeing, are a rank's own, but for mxt_trainer_snapshot and mxt_snapshot_renew
-/// with shard_states. One group makes one call at a time: a second thread that makes another one on
-/// the same engine waits for it.
+/// Calls on an engine with a group, and on what is made from it, that are collective:
+/// mxt_engine_new, mxt_trainer_new, _load, _load_as, _step, _step_unless_stopped, _step_tokens,
+/// _update, _eval, _save and _run. All ranks make them in the same order with the same arguments,
+/// but for tokens that a rank brings, and folders: rank 0 writes to its own. What fails on one
+/// rank, fails on all, before anything is changed: the rank itself has its error, the others
+/// MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have alike what they must get
+/// MXT_ERROR_MISMATCH with what differs. What the library refuses before it begins (MXT_ERROR_NULL,
+/// _STRUCT_SIZE, _BUSY, _POISONED, _INVALID_ARGUMENT of fields of this struct) the others do not
+/// hear of: they wait, and the rank has to make the call again, or end. All other calls, and
+/// freeing, are a rank's own, but for mxt_trainer_snapshot and mxt_snapshot_renew with
+/// shard_states. One group makes one call at a time: a second thread that makes another one on the
+/// same engine waits for it.
 ///
 /// Where NCCL carries gradients, it starts threads of its own in mxt_engine_new, and takes about
 /// a GiB of the GPU beside what is planned. It is given back on a thread that mxt_engine_free, or what
@@ -128,24 +129,24 @@ pub struct mxt_group {
     /// library will never call the functions above again; as log_user_data_free of mxt_engine_options.
     /// NULL (default): nothing is called.
     pub user_data_free: mxt_user_data_free_fn,
-    /// Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot tell a
-    /// rank that is gone from one that is slow, and the callbacks show one that is gone earlier. The
-    /// call returns MXT_ERROR_PEER then. At least 1. Default 600.
+    /// Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot
+    /// tell a rank that is gone from one that is slow, and the callbacks show one that is gone
+    /// earlier. The call returns MXT_ERROR_PEER then. At least 1. Default 600.
     pub timeout_seconds: u64,
     /// One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
     pub transport: i32,
-    /// 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and gives it
-    /// to all others, so that a rank takes a part of their memory (ZeRO-1); the same on all ranks. It
-    /// changes no bit. For adamw and muon without ramping; mxt_trainer_watch_updates is
-    /// MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective, and that of rank 0 has all
-    /// that there is to save. What a rank kept is lost with it, and where a group ends within a step,
-    /// weights may be those of within it: go on from a checkpoint then. 0 (default): every rank keeps
-    /// all.
+    /// 1: the optimizer's states of each tensor are kept by one rank alone, which updates it and
+    /// gives it to all others, so that a rank takes a part of their memory (ZeRO-1); the same on
+    /// all ranks. It changes no bit. For adamw and muon without ramping; mxt_trainer_watch_updates
+    /// is MXT_ERROR_INVALID_ARGUMENT then. mxt_trainer_snapshot is collective, and that of rank 0
+    /// has all that there is to save. What a rank kept is lost with it, and where a group ends
+    /// within a step, weights may be those of within it: go on from a checkpoint then. 0 (default):
+    /// every rank keeps all.
     pub shard_states: i32,
-    /// One of mxt_wire, the same on all ranks: what gradients are sent as, for links that are slower than
-    /// what computes gradients. Sums are made in f32. All but MXT_WIRE_F32 change losses a little, and
-    /// make their bits those of so many ranks; not with MXT_TRANSPORT_PEER, and MXT_TRANSPORT_AUTO passes
-    /// over that. Default MXT_WIRE_F32.
+    /// One of mxt_wire, the same on all ranks: what gradients are sent as, for links that are
+    /// slower than what computes gradients. Sums are made in f32. All but MXT_WIRE_F32 change
+    /// losses a little, and make their bits those of so many ranks; not with MXT_TRANSPORT_PEER,
+    /// and MXT_TRANSPORT_AUTO passes over that. Default MXT_WIRE_F32.
     pub gradient_wire: i32,
     /// Must be 0.
     pub reserved: i32,

@@ -262,9 +262,10 @@ pub unsafe extern "C" fn mxt_trainer_step(
     }
 }
 
-/// mxt_trainer_step, given up where a stop is asked for (mxt_trainer_request_stop, from any thread or
-/// signal handler, or a callback that fills windows): it is seen before each batch of the step. The next
-/// step then does the same from its beginning. The request stands until mxt_trainer_clear_stop.
+/// mxt_trainer_step, given up where a stop is asked for (mxt_trainer_request_stop, from any thread
+/// or signal handler, or a callback that fills windows): it is seen before each batch of the step.
+/// The next step then does the same from its beginning. The request stands until
+/// mxt_trainer_clear_stop.
 ///
 /// Errors: as mxt_trainer_step, and MXT_STOPPED: weights and moments are as before the step.
 #[unsafe(no_mangle)]

@@ -77,9 +77,15 @@ impl HostWindows {
             let (source_name, offset, token) = (source_name(), at as u64, tokens[at].into());
             return Err(Error::TokenRange { source_name, offset, token, vocab_size });
         }
-        if let Some((at, weight)) = weights.iter().enumerate().find(|(_, w)| !w.is_finite()) {
-            let what = format!("weight {at} of {}", source_name());
-            return Err(Error::NotFinite { what, value: *weight });
+        for (at, weight) in weights.iter().enumerate() {
+            let name = || format!("weight {at} of {}", source_name());
+            if !weight.is_finite() {
+                return Err(Error::NotFinite { what: name(), value: *weight });
+            }
+            if *weight < 0.0 {
+                let message = format!("{}: expected at least 0, got {weight}", name());
+                return Err(Error::invalid("weights", message));
+            }
         }
         Ok(())
     }

@@ -53,10 +53,11 @@ pub struct Dataset(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    // NOTE: before the files, so that its thread is not who drops them, with what a host gave for them.
+    scan: Scan,
     files: Arc<Vec<TokenFile>>,
     /// In place of files.
     host: Option<HostWindows>,
-    scan: Scan,
     /// The sequence length whose windows the host knows to leave files out or not; 0 before.
     told_of: AtomicU64,
     ends: OnceLock<Ends>,
@@ -175,18 +176,21 @@ impl Dataset {
         Ok(Self::of(vec![TokenFile::from_memory(Box::new(tokens))?]))
     }
 
-    /// A dataset of `count` windows that `fill(number, tokens, weights)` writes, from number 0 on, each
-    /// time that one is wanted: T + 1 tokens, T of them inputs and each the target of the one before it,
-    /// and a weight for each target, which is 1 before: 0 for what is not to be learned, as a prompt or
-    /// padding. T is the trainer's sequence length. A loss is then the weighted sum over the sum of
-    /// weights of its step or evaluation.
+    /// A dataset of `count` windows that `fill(number, tokens, weights)` writes, from number 0 on,
+    /// each time that one is wanted: T + 1 tokens, T of them inputs and each the target of the one
+    /// before it, and a weight for each target, at least 0 and 1 before: 0 for what is not to be
+    /// learned, as a prompt or padding. T is the trainer's sequence length. A loss is then the
+    /// weighted sum over the sum of weights of its step or evaluation; a step whose weights are all
+    /// 0 has a loss of 0, and no gradient. Ranks compare the number of windows, and not what is in
+    /// them.
     ///
-    /// Each epoch of training asks for all windows once, in an order of its own; an evaluation for some
-    /// spread evenly, in their order. The same number has to give the same window whenever it is asked
-    /// for: then a run that is resumed goes on bit for bit. `fill` runs on the thread of the call that
-    /// needs the window, on several at once where several trainers use the dataset. Its error ends
-    /// that call; it must not use the trainer that the call is of, or its model. Nothing is known of
-    /// the tokens but what `fill` writes: [`Dataset::read`] and the like are [`Error::Unsupported`].
+    /// Each epoch of training asks for all windows once, in an order of its own; an evaluation for
+    /// some spread evenly, in their order. The same number has to give the same window whenever it
+    /// is asked for: then a run that is resumed goes on bit for bit. `fill` runs on the thread of
+    /// the call that needs the window, on several at once where several trainers use the dataset.
+    /// Its error ends that call; it must not use the trainer that the call is of, or its model.
+    /// Nothing is known of the tokens but what `fill` writes: [`Dataset::read`] and the like are
+    /// [`Error::Unsupported`].
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a count of 0.

@@ -248,7 +248,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     }
 
     /// The same of losses that the host makes of logits, on the thread of this call.
-    pub(crate) fn loss_of_host(
+    pub(crate) fn loss_and_gradients_of_host(
         &mut self,
         acts: &mut Activations<B>,
         d: &mut ActivationGradients<B>,
@@ -257,7 +257,29 @@ impl<'a, B: Backend> Pass<'a, B> {
         loss: &mut HostLoss<'_>,
     ) -> Result<()> {
         let gradient = self.head_gradients(d, grads, scales);
-        let (w, shape) = (self.param(self.table.head()), self.shapes().head());
+        self.classify_by_host(acts, Some(gradient), loss)
+    }
+
+    /// Losses of all rows that the host makes of logits, on the thread of this call.
+    pub(crate) fn loss_of_host(
+        &mut self,
+        acts: &mut Activations<B>,
+        loss: &mut HostLoss<'_>,
+    ) -> Result<()> {
+        self.classify_by_host(acts, None, loss)
+    }
+
+    fn classify_by_host<'o>(
+        &mut self,
+        acts: &'o mut Activations<B>,
+        gradient: Option<ClassifierGradient<'o, B>>,
+        loss: &mut HostLoss<'_>,
+    ) -> Result<()>
+    where
+        'a: 'o,
+    {
+        let (w, shape) =
+            (self.backend.param(self.weights, self.table.head()), self.shapes().head());
         let Activations { losses, ln_f: x, .. } = acts;
         let operands = HostClassifier { losses, gradient, x, w };
         self.backend.classifier_of_host(self.workspace, operands, shape, loss)

@@ -79,13 +79,13 @@ impl<B: Backend> BatchBuffers<B> {
         Ok(Weighed::of(&self.given_weights[..rows]))
     }
 
-    /// Takes what the host gives, and tells the sum of its weights.
+    /// Takes what the host gives, and tells of its weights.
     pub(super) fn take(
         &mut self,
         sequences: Sequences,
         given: &Given<'_>,
         vocab_size: usize,
-    ) -> Result<f64> {
+    ) -> Result<Weighed> {
         let rows = sequences.rows();
         let tokens = &mut self.windows[..rows];
         (given.tokens)(tokens);
@@ -115,7 +115,7 @@ impl<B: Backend> BatchBuffers<B> {
             return Err(Error::NotFinite { what, value: *weight });
         }
         (self.sequences, self.filled, self.weighted) = (sequences, Filled::Given, weighted);
-        Ok(Weighed::of(weights).sum)
+        Ok(Weighed::of(weights))
     }
 
     /// Whether losses have weights.

@@ -54,7 +54,7 @@ use merge::Merges;
 pub use merge::Spared;
 pub(crate) use parts::Given;
 pub use parts::{Batch, IGNORED};
-use parts::{MicroStep, Pending, bad_divisor};
+use parts::{MicroStep, Pending, bad_divisor, is_good_divisor};
 pub use save::Snapshot;
 use sharpness::Sharp;
 pub use sharpness::Sharpness;
@@ -143,6 +143,8 @@ pub struct Trainer {
     stop: StopHandle,
     /// Gradients that the host's batches have made since the last update.
     pending: Option<Pending>,
+    /// Whether there is less than the gradients of a step or of batches, since some were dropped.
+    dropped: bool,
 }
 
 /// Where the gradients of a step come from.
@@ -159,6 +161,21 @@ struct OfAll {
     divisor: f64,
     /// What scales they raised; None of one that is alone.
     raised_blocks: Option<u64>,
+}
+
+impl OfAll {
+    /// Where no target counts, whose weights are then all 0, neither losses nor gradients have anything
+    /// to be divided by.
+    fn of_windows(self, state: &TrainerState) -> Self {
+        let divisor = if self.divisor == 0.0 { positions(state) } else { self.divisor };
+        Self { divisor, ..self }
+    }
+}
+
+/// Positions of a step, of all ranks.
+fn positions(state: &TrainerState) -> f64 {
+    let TrainerOptions { batch_size, sequence_length, accumulation, .. } = state.options;
+    (batch_size * sequence_length * accumulation) as f64
 }
 
 /// What became of a step.
@@ -529,12 +546,14 @@ impl Trainer {
             Some(ranks) => ranks.end_if_alone(done)?,
             None => done?,
         };
-        if !(divisor.is_finite() && divisor > 0.0) {
-            return Err(bad_divisor(divisor));
+        let positions = positions(&self.state);
+        if !is_good_divisor(divisor, positions) {
+            return Err(bad_divisor(divisor, positions));
         }
         check_finite(&sums, &step, format_args!("step {t}"))?;
         let (loss, grad_norm) = sums.loss_and_norm(&step);
         self.state.step = t;
+        self.dropped = false;
         let seconds = started.elapsed().as_secs_f64();
         let raised_blocks = sums.raised_blocks;
         let exchange_seconds = on_device!(&self.run, run => run.buffers.flat.exchange.seconds);
@@ -587,8 +606,9 @@ impl Trainer {
         }
         let Evaluated { sum, spared, sharpness, .. } = mine?;
         let [sum, divisor, tokens] = sum;
-        if data.is_weighted() && !(divisor > 0.0 && divisor.is_finite()) {
-            return Err(bad_divisor(divisor));
+        if data.is_weighted() && divisor <= 0.0 {
+            let message = "the weights of all targets are 0, so that there is no mean over them";
+            return Err(Error::invalid("dataset", message));
         }
         let (loss, tokens) = ((sum / divisor) as f32, tokens as u64);
         let seconds = started.elapsed().as_secs_f64();
@@ -818,6 +838,11 @@ impl Trainer {
     /// sharded, of a tensor whose states another rank keeps.
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
+        if self.dropped && self.pending.is_none() {
+            let message = "the gradients of the last batches were dropped; there are others after the \
+                           next batch or step";
+            return Err(Error::invalid("trainer", message));
+        }
         let factor = self.read_factor()?;
         on_device!(&self.run, run => {
             let Flat { owned, exchange, .. } = &run.buffers.flat;
@@ -866,7 +891,16 @@ impl Trainer {
             engine.log(LogLevel::Info, || format!("emulated: {emulated}"));
         }
         let (model, stop) = (model.clone(), StopHandle::default());
-        Ok(Self { run, model, state, plan, bounds: Bounds::NEW, stop, pending: None })
+        Ok(Self {
+            run,
+            model,
+            state,
+            plan,
+            bounds: Bounds::NEW,
+            stop,
+            pending: None,
+            dropped: false,
+        })
     }
 }
 
@@ -1001,6 +1035,7 @@ impl<B: Backend> Run<B> {
                 self.gradients(&weights, model, (state, call), drawn, &mut |run, weights| {
                     run.own_gradients(weights, model, state, drawn, (&mut fill, weighted))
                 })?
+                .of_windows(state)
             }
         };
         let step = &self.divided(state, step, all.divisor);
@@ -1035,12 +1070,11 @@ impl<B: Backend> Run<B> {
         step: &OptimizerStep,
         divisor: f64,
     ) -> OptimizerStep {
-        let TrainerOptions { batch_size, sequence_length, accumulation, .. } = state.options;
-        let positions = (batch_size * sequence_length * accumulation) as f64;
+        let positions = positions(state);
         if divisor == positions {
             return *step;
         }
-        if !(divisor.is_finite() && divisor > 0.0) {
+        if !is_good_divisor(divisor, positions) {
             // Which is no loss, so that nothing is updated.
             return OptimizerStep { loss_scale: f32::NAN, ..*step };
         }
@@ -1179,7 +1213,7 @@ impl<B: Backend> Run<B> {
                     pass.forward(activations, tokens);
                 });
                 // On this thread, which is the host's.
-                pass.loss_of_host(activations, d, gradients, scales, loss)?;
+                pass.loss_and_gradients_of_host(activations, d, gradients, scales, loss)?;
                 backend.scope(|| {
                     let tokens: &mut _ = tokens;
                     pass.backward(activations, d, gradients, place, block_is_done);

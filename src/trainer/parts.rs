@@ -9,15 +9,17 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
+use super::batch::Weighed;
 use super::memory::Buffers;
 use super::{Gradients, Run, Trainer};
 use crate::backend::{Backend, HostLoss, Sequences, on_device};
-use crate::gpt::Place;
+use crate::gpt::{Pass, Place};
 use crate::model::Model;
 use crate::reserve::reserve;
 use crate::run::TrainerState;
-use crate::{Error, Result, StepStats};
+use crate::{Error, EvalStats, Result, StepStats};
 
 /// In place of a target: the position is no part of the loss.
 pub const IGNORED: u32 = u32::MAX;
@@ -66,34 +68,33 @@ pub(super) struct Pending {
     batches: usize,
     /// What the sum of losses is divided by.
     divisor: f64,
+    /// Whether the host has written or scaled any.
+    is_changed: bool,
+}
+
+impl Pending {
+    const NONE: Self = Self { batches: 0, divisor: 0.0, is_changed: false };
 }
 
 impl Trainer {
-    /// Computes the gradients of a batch, and adds them to those of the batches since the last update:
-    /// of the loss that these have together, the sum of all weighted losses over the sum of divisors.
-    /// [`Trainer::update`] makes the step of them. `losses` (B, T) gets each position's own, without its
-    /// weight; 0 where the target is ignored.
+    /// Computes the gradients of a batch, and adds them to those of the batches since the last
+    /// update: of the loss that these have together, the sum of all weighted losses over the sum of
+    /// divisors. [`Trainer::update`] makes the step of them. `losses` (B, T) gets each position's
+    /// own, without its weight; 0 where the target is ignored.
     ///
-    /// With `accumulation` such batches, all weights 1, a step has the bits of [`Trainer::step_tokens`]
-    /// on the same tokens. Other numbers of batches are as good, but with lanes, or in a group of ranks:
-    /// there each rank gives its accumulation / ranks. It is no collective call.
+    /// With `accumulation` such batches, all weights 1, a step has the bits of
+    /// [`Trainer::step_tokens`] on the same tokens. Other numbers of batches are as good, but with
+    /// lanes, or in a group of ranks: there each rank gives its accumulation / ranks. It is no
+    /// collective call.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for other lengths, a divisor or a weight that is not finite, an
-    /// optimizer with `ramping`, and more batches than a step has; [`Error::TokenRange`];
-    /// [`Error::NotFinite`] for a weight. The batches before still wait then. After any other error,
+    /// optimizer with `ramping`, more batches than a step has, which is one with `gradients=bf16`, and
+    /// where gradients were written or scaled; [`Error::TokenRange`]; [`Error::NotFinite`] for a weight. The batches before still wait then. After any other error,
     /// that of the host's loss included, none of them does.
     pub fn forward_backward(&mut self, batch: Batch<'_>, losses: Option<&mut [f32]>) -> Result<()> {
-        let Batch { tokens, targets, weights, divisor, loss } = batch;
-        let expected = self.rows();
-        let lengths = [
-            ("tokens", tokens.len(), true),
-            ("targets", targets.len(), loss.is_none() || !targets.is_empty()),
-            ("weights", weights.map_or(0, <[f32]>::len), weights.is_some()),
-        ];
-        for (what, len, _) in lengths.into_iter().filter(|(_, _, counts)| *counts) {
-            self.check_len(what, len, expected)?;
-        }
+        let (tokens, targets, weights) = (batch.tokens, batch.targets, batch.weights);
+        self.check_lengths(&batch)?;
         let copy_tokens = |to: &mut [u32]| to.copy_from_slice(tokens);
         let copy_targets = |to: &mut [u32]| to.copy_from_slice(targets);
         let copy_weights = |to: &mut [f32]| to.copy_from_slice(weights.unwrap_or_default());
@@ -101,9 +102,70 @@ impl Trainer {
             tokens: &copy_tokens,
             targets: (!targets.is_empty()).then_some(&copy_targets),
             weights: weights.is_some().then_some(&copy_weights),
-            divisor,
+            divisor: batch.divisor,
         };
-        self.forward_backward_given(&given, loss, losses)
+        self.forward_backward_given(&given, batch.loss, losses)
+    }
+
+    fn check_lengths(&self, batch: &Batch<'_>) -> Result<()> {
+        let Batch { tokens, targets, weights, loss, .. } = batch;
+        let expected = self.rows();
+        let lengths = [
+            ("tokens", tokens.len(), true),
+            ("targets", targets.len(), loss.is_none() || !targets.is_empty()),
+            ("weights", weights.map_or(0, <[f32]>::len), weights.is_some()),
+        ];
+        let mut lengths = lengths.into_iter().filter(|(_, _, counts)| *counts);
+        lengths.try_for_each(|(what, len, _)| self.check_len(what, len, expected))
+    }
+
+    /// The loss of a batch, without gradients: the sum of its weighted losses over its divisor; the
+    /// tokens are the targets whose weight is not 0. Like [`Trainer::eval`] it changes nothing of the
+    /// run, batches that wait for an update included, and a loss that is not finite is a result. It is
+    /// no collective call.
+    ///
+    /// # Errors
+    /// As [`Trainer::forward_backward`], which a recipe or an optimizer may stop besides;
+    /// [`Error::InvalidArgument`] where the divisor is not above 0.
+    pub fn forward(&mut self, batch: Batch<'_>, losses: Option<&mut [f32]>) -> Result<EvalStats> {
+        let (tokens, targets, weights) = (batch.tokens, batch.targets, batch.weights);
+        self.check_lengths(&batch)?;
+        let copy_tokens = |to: &mut [u32]| to.copy_from_slice(tokens);
+        let copy_targets = |to: &mut [u32]| to.copy_from_slice(targets);
+        let copy_weights = |to: &mut [f32]| to.copy_from_slice(weights.unwrap_or_default());
+        let given = Given {
+            tokens: &copy_tokens,
+            targets: (!targets.is_empty()).then_some(&copy_targets),
+            weights: weights.is_some().then_some(&copy_weights),
+            divisor: batch.divisor,
+        };
+        self.forward_given(&given, batch.loss, losses)
+    }
+
+    /// [`Trainer::forward`] of what is read by functions.
+    pub(crate) fn forward_given(
+        &mut self,
+        given: &Given<'_>,
+        loss: Option<&mut HostLoss<'_>>,
+        losses: Option<&mut [f32]>,
+    ) -> Result<EvalStats> {
+        let started = Instant::now();
+        self.check_given_batch(given, losses.as_deref())?;
+        let Self { run, model, state, .. } = self;
+        let [sum, divisor, targets] =
+            on_device!(run, run => run.batch_loss(model, state, given, (loss, losses))?);
+        let divisor = given.divisor.unwrap_or(divisor);
+        let nominal = self.nominal_divisor();
+        if !is_good_divisor(divisor, nominal) {
+            return Err(bad_divisor(divisor, nominal));
+        }
+        Ok(EvalStats {
+            loss: (sum / divisor) as f32,
+            tokens: targets as u64,
+            seconds: started.elapsed().as_secs_f64(),
+            spared: None,
+            sharpness: None,
+        })
     }
 
     /// Positions of a batch.
@@ -123,39 +185,50 @@ impl Trainer {
         Err(Error::invalid(what, message))
     }
 
-    /// [`Trainer::forward_backward`] of what is read by functions; with a loss of the host's, targets are
-    /// needed no more.
+    /// [`Trainer::forward_backward`] of what is read by functions; with a loss of the host's,
+    /// targets are needed no more.
     pub(crate) fn forward_backward_given(
         &mut self,
         given: &Given<'_>,
         loss: Option<&mut HostLoss<'_>>,
         losses: Option<&mut [f32]>,
     ) -> Result<()> {
-        if let Some(losses) = &losses {
-            self.check_len("losses", losses.len(), self.rows())?;
-        }
+        self.check_given_batch(given, losses.as_deref())?;
         self.state.options.recipe.check_trains()?;
         self.check_no_ramping()?;
-        if let Some(divisor) = given.divisor.filter(|divisor| !divisor.is_finite()) {
-            let message = format!("expected a finite number, got {divisor}");
-            return Err(Error::invalid("divisor", message));
+        let before = self.pending.unwrap_or(Pending::NONE);
+        if before.is_changed {
+            let message = "gradients that were written or scaled wait for an update, to which no \
+                           batch can be added; call update, or zero_gradients to drop them";
+            return Err(Error::invalid("trainer", message));
         }
-        let before = self.pending.unwrap_or(Pending { batches: 0, divisor: 0.0 });
         let next = self.next_micro_step(before.batches)?;
-        let Self { run, model, state, pending, .. } = self;
+        let Self { run, model, state, pending, dropped, .. } = self;
         let options = &state.options;
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
         let sum = on_device!(&mut *run, run => {
             run.buffers.batch.take(sequences, given, model.config().vocab_size)
-        })?;
+        })?
+        .sum;
         // Whatever goes wrong from here on leaves less than a sum of gradients.
-        *pending = None;
+        (*pending, *dropped) = (None, true);
         on_device!(run, run => run.batch_gradients(model, state, next, loss)?);
         if let Some(losses) = losses {
             on_device!(run, run => run.read_losses(losses)?);
         }
         let divisor = before.divisor + given.divisor.unwrap_or(sum);
-        *pending = Some(Pending { batches: before.batches + 1, divisor });
+        *pending = Some(Pending { batches: before.batches + 1, divisor, is_changed: false });
+        Ok(())
+    }
+
+    fn check_given_batch(&self, given: &Given<'_>, losses: Option<&[f32]>) -> Result<()> {
+        if let Some(losses) = losses {
+            self.check_len("losses", losses.len(), self.rows())?;
+        }
+        if let Some(divisor) = given.divisor.filter(|divisor| !divisor.is_finite()) {
+            let message = format!("expected a finite number, got {divisor}");
+            return Err(Error::invalid("divisor", message));
+        }
         Ok(())
     }
 
@@ -164,6 +237,11 @@ impl Trainer {
         // They have 14 bits in the counter of the random numbers.
         const MOST: usize = 1 << 14;
         let share = on_device!(&self.run, run => run.buffers.flat.exchange.share);
+        if done > 0 && self.state.options.optimizer.gradients == crate::Gradients::Bf16 {
+            let message = "gradients=bf16 would round the sum after each batch: expected one before an \
+                           update; use gradients=f32, or a larger batch_size";
+            return Err(Error::invalid("optimizer", message));
+        }
         let most = if self.has_shares() { share.all().len() } else { MOST };
         if done >= most {
             let message = format!(
@@ -187,7 +265,8 @@ impl Trainer {
         })
     }
 
-    /// Whether a step is the sum of lanes, here or on other ranks, which fixes how many batches it has.
+    /// Whether a step is the sum of lanes, here or on other ranks, which fixes how many batches it
+    /// has.
     fn has_shares(&self) -> bool {
         self.state.options.lanes > 1
     }
@@ -198,20 +277,25 @@ impl Trainer {
     /// # Errors
     /// [`Error::InvalidArgument`] where no batch waits, or too few with lanes or in a group; or where
     /// the divisors of all batches are not above 0 together, as where every target was ignored: pass
-    /// one. Else as [`Trainer::step_tokens`]. Weights and moments are then those before, and but for too
-    /// few batches none waits any more.
+    /// one. Else as [`Trainer::step_tokens`]. Weights and moments are then those before. Batches still
+    /// wait where there are too few, here or on another rank, and where ranks ask for different things;
+    /// after any other error none does.
     pub fn update(&mut self) -> Result<StepStats> {
         let ready = self.check_whole();
         let is_ready = ready.is_ok();
-        let Pending { batches, divisor } =
-            self.pending.unwrap_or(Pending { batches: 0, divisor: 0.0 });
+        let Pending { batches, divisor, .. } = self.pending.unwrap_or(Pending::NONE);
         let nominal = self.nominal_divisor();
         let rows = self.rows() as u64;
         // Gradients that the host has written are what they are.
         let divisor = if batches == 0 { nominal } else { divisor };
         let done = self.optimizer_step(ready, None, false, Gradients::Made(divisor));
-        if is_ready {
+        // What ranks refuse before anything is done leaves all of them their batches.
+        let is_refused =
+            matches!(done, Err(Error::Peer { .. } | Error::RanksDiffer { .. } | Error::Stopped))
+                && !self.model.engine().has_lost_its_group();
+        if is_ready && !is_refused {
             self.pending = None;
+            self.dropped |= done.is_err();
         }
         let stats = done?;
         let is_alone = !self.has_shares();
@@ -258,11 +342,11 @@ impl Trainer {
 
     /// Drops the gradients that wait for an update.
     pub fn zero_gradients(&mut self) {
-        self.pending = None;
+        self.dropped |= self.pending.take().is_some();
     }
 
     /// Multiplies the gradient that waits for an update by `factor`, of the tensor of this name, or of
-    /// all where there is none.
+    /// all where there is none. No batch can be added then.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`]; [`Error::InvalidArgument`] for a factor that is not finite, and where no
@@ -287,12 +371,15 @@ impl Trainer {
             return Err(Error::invalid("trainer", message));
         }
         on_device!(&mut self.run, run => run.scale_gradients(&of, factor));
+        if let Some(pending) = &mut self.pending {
+            pending.is_changed = true;
+        }
         Ok(())
     }
 
     /// Overwrites the gradient that waits for an update, of a tensor in the shape that
     /// [`crate::Model::tensors`] gives, as [`Trainer::read_gradient`] would read it. Where none waits,
-    /// those of all others are 0.
+    /// those of all others are 0. No batch can be added then.
     ///
     /// # Errors
     /// As [`crate::Model::write_tensor`]; [`Error::InvalidArgument`] where the divisors of the batches
@@ -313,17 +400,18 @@ impl Trainer {
             }
             run.write_gradient(index, values, factor)?;
         });
-        pending.get_or_insert(Pending { batches: 0, divisor: 0.0 });
+        pending.get_or_insert(Pending::NONE).is_changed = true;
         Ok(())
     }
 
     /// What makes gradients as they lie there those of the loss of the batches that wait.
     pub(super) fn read_factor(&self) -> Result<f64> {
-        let Some(Pending { batches: 1.., divisor }) = self.pending else { return Ok(1.0) };
-        if divisor > 0.0 {
-            return Ok(self.nominal_divisor() / divisor);
+        let Some(Pending { batches: 1.., divisor, .. }) = self.pending else { return Ok(1.0) };
+        let nominal = self.nominal_divisor();
+        if is_good_divisor(divisor, nominal) {
+            return Ok(nominal / divisor);
         }
-        Err(bad_divisor(divisor))
+        Err(bad_divisor(divisor, nominal))
     }
 
     fn check_is_one_sum(&self) -> Result<()> {
@@ -349,12 +437,23 @@ impl Trainer {
     }
 }
 
-/// Why no mean is taken over so much.
-pub(super) fn bad_divisor(divisor: f64) -> Error {
+/// How far a mean weight may be from 1: gradients are added up before they are divided, in f32.
+const MOST: f64 = 1e20;
+
+/// Whether losses of a step of so many positions can be divided by this.
+pub(super) fn is_good_divisor(divisor: f64, positions: f64) -> bool {
+    // False of NaN.
+    (positions / MOST..=positions * MOST).contains(&divisor)
+}
+
+/// Why they cannot.
+pub(super) fn bad_divisor(divisor: f64, positions: f64) -> Error {
     let message = format!(
         "expected that the weights of a step's batches, or the divisors that they have instead, are \
-         above 0 together; got {divisor}. Where every target is ignored, or weights are below 0, pass a \
-         divisor"
+         above 0 together, and from {:e} to {:e}; got {divisor:e}. Where every target is ignored, or \
+         weights are below 0, pass a divisor",
+        positions / MOST,
+        positions * MOST
     );
     Error::invalid("divisor", message)
 }
@@ -390,6 +489,57 @@ impl<B: Backend> Run<B> {
         let positions = options.batch_size * options.sequence_length * options.accumulation;
         let scale = 1.0 / positions as u64 as f32;
         self.micro_step(&weights, model, state, (micro_step, place, scale), loss)
+    }
+
+    /// The sum of the weighted losses of a batch, of its weights, and how many are not 0.
+    fn batch_loss(
+        &mut self,
+        model: &Model,
+        state: &TrainerState,
+        given: &Given<'_>,
+        (loss, losses): (Option<&mut HostLoss<'_>>, Option<&mut [f32]>),
+    ) -> Result<[f64; 3]> {
+        let on = Arc::clone(&self.model);
+        let options = &state.options;
+        let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
+        let weights = on.read_as(options.optimizer.master)?;
+        let Self { buffers, step_plan: plan, .. } = self;
+        let Buffers { flat, activations, batch, workspace, .. } = buffers;
+        let Weighed { sum: divisor, targets } =
+            batch.take(sequences, given, model.config().vocab_size)?;
+        options.recipe.set_step(plan, false, (0, 0), state.step);
+        (plan.kept, plan.weighted) = (None, batch.is_weighted());
+        let (backend, config) = (&*on.backend, model.config());
+        let mut pass = Pass {
+            backend,
+            config,
+            table: &on.table,
+            weights: &weights.all,
+            means: flat.followed.means(),
+            trains: false,
+            merge: None,
+            workspace,
+            sequences,
+            plan,
+        };
+        backend.scope(|| -> Result<()> {
+            batch.upload(backend)?;
+            pass.forward(activations, &batch.tokens);
+            Ok(())
+        })?;
+        match loss {
+            None => backend.scope(|| {
+                let batch: &mut _ = batch;
+                pass.loss(activations, &batch.targets);
+            }),
+            // On this thread, which is the host's.
+            Some(loss) => pass.loss_of_host(activations, loss)?,
+        }
+        let of_targets = (&activations.losses, batch.is_weighted().then_some(&batch.weights));
+        let sum = backend
+            .scope(|| backend.sum_losses(&mut flat.reduction, of_targets, sequences.rows()))?;
+        losses.map_or(Ok(()), |losses| self.read_losses(losses))?;
+        Ok([sum, divisor, targets as f64])
     }
 
     /// Losses of the batch that is in the buffers.

@@ -184,6 +184,7 @@ impl<B: Backend> Run<B> {
                 self.gradients(weights, model, (state, call), drawn, &mut |run, weights| {
                     run.own_gradients(weights, model, state, drawn, (&mut fill, weighted))
                 })?;
+            let all = all.of_windows(state);
             let aside = self.divided(state, &aside, all.divisor);
             let sums = self.update(weights, model, &mut known, &aside, false)?;
             check_finite(&sums, &aside, format_args!("one"))?;

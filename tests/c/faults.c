@@ -299,6 +299,7 @@ int main(int argc, char **argv) {
   TRAINER_PANICS(mxt_trainer_step_unless_stopped(trainer, dataset, &stats));
   TRAINER_PANICS(mxt_trainer_step_tokens(trainer, some, BATCH * (CONTEXT + 1), &stats));
   TRAINER_PANICS(mxt_trainer_forward_backward(trainer, &batch));
+  TRAINER_PANICS(mxt_trainer_forward(trainer, &batch, &eval));
   TRAINER_PANICS(mxt_trainer_update(trainer, &stats));
   TRAINER_PANICS(mxt_trainer_zero_gradients(trainer));
   TRAINER_PANICS(mxt_trainer_scale_gradients(trainer, NULL, 1.0f));

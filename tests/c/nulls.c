@@ -175,6 +175,10 @@ int main(void) {
   batch.targets = tokens;
   batch.count = BATCH * CONTEXT;
   IS_NULL("tokens", mxt_trainer_forward_backward(trainer, &batch));
+  IS_NULL("trainer", mxt_trainer_forward(NULL, &batch, &eval));
+  IS_NULL("batch", mxt_trainer_forward(trainer, NULL, &eval));
+  IS_NULL("stats", mxt_trainer_forward(trainer, &batch, NULL));
+  IS_NULL("tokens", mxt_trainer_forward(trainer, &batch, &eval));
   IS_NULL("trainer", mxt_trainer_update(NULL, NULL));
   IS_NULL("trainer", mxt_trainer_zero_gradients(NULL));
   IS_NULL("trainer", mxt_trainer_scale_gradients(NULL, "x", 1.0f));

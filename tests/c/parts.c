@@ -110,6 +110,8 @@ int main(void) {
   const char *name = "transformer.ln_f.bias";
   OK(mxt_trainer_read_gradient(parts, name, bias[0], 16));
   OK(mxt_trainer_zero_gradients(parts));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "were dropped",
+        mxt_trainer_read_gradient(parts, name, bias[0], 16));
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "call forward_backward first", mxt_trainer_update(parts, NULL));
   fill(7);
   weights[3] = weights[9] = 0.0f;
@@ -127,6 +129,8 @@ int main(void) {
   OK(mxt_trainer_scale_gradients(parts, name, 2.0f));
   OK(mxt_trainer_read_gradient(parts, name, bias[1], 16));
   CHECK(fabsf(bias[1][15] - 30.0f) < 1e-4f);
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "written or scaled",
+        mxt_trainer_forward_backward(parts, &batch));
   OK(mxt_trainer_zero_gradients(parts));
 
   /* A loss of the host's: without smoothing it is cross-entropy, with it another one. */
@@ -150,6 +154,28 @@ int main(void) {
     if (i == 0) first = last;
   }
   CHECK(last < first - 0.5f && mxt_trainer_steps_done(hosts) == 40);
+
+  /* The loss alone, of the library and of the host, with batches that wait beside. */
+  fill(0);
+  batch = new_batch();
+  OK(mxt_trainer_forward_backward(hosts, &batch));
+  OK(mxt_trainer_read_gradient(hosts, name, bias[0], 16));
+  mxt_eval_stats eval[2];
+  eval[0].struct_size = eval[1].struct_size = sizeof eval[0];
+  targets[5] = MXT_IGNORED;
+  batch.losses = losses;
+  OK(mxt_trainer_forward(hosts, &batch, &eval[0]));
+  CHECK(eval[0].tokens == ROWS - 1 && losses[5] == 0.0f && losses[6] > 0.0f);
+  h = (host){targets, 0.0f, 0, 0, NULL};
+  batch.loss = smoothed;
+  batch.user_data = &h;
+  OK(mxt_trainer_forward(hosts, &batch, &eval[1]));
+  CHECK(h.rows == ROWS && fabsf(eval[0].loss - eval[1].loss) < 1e-5f);
+  h = (host){targets, 0.0f, 0, 9, NULL};
+  FAILS(MXT_STOPPED, "returned 9", mxt_trainer_forward(hosts, &batch, &eval[1]));
+  OK(mxt_trainer_read_gradient(hosts, name, bias[1], 16));
+  CHECK(memcmp(bias[0], bias[1], sizeof bias[0]) == 0);
+  CHECK(update(hosts).step == 41);
 
   /* Refusals leave what waits. */
   batch = new_batch();

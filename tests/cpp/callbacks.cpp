@@ -266,6 +266,8 @@ void losses(Fixture &it) {
     if (i == 0) first = last;
   }
   CHECK(last < 0.9f * first && it.trainer.steps_done() == before + 10);
+  seen = 0;
+  CHECK(it.trainer.forward(batch, squares).loss < last && seen == 32);
 
   it.trainer.forward_backward(tokens, targets);
   int caught = 0;
@@ -301,6 +303,8 @@ void losses(Fixture &it) {
   it.trainer.read_gradient("transformer.ln_f.bias", doubled);
   CHECK(doubled == bias);
   it.trainer.zero_gradients();
+  batch.targets = targets.data();
+  CHECK(it.trainer.forward(batch).tokens == 32);
   weights.pop_back();
   std::string what;
   try {

@@ -30,7 +30,8 @@ a column for each of `batch_size` sequences; another size is a `DimensionMismatc
 
 Where `accumulation` such batches have no weights but 1, the step has the bits of [`step!`](@ref). Any
 other number of batches is as good, but with `lanes` or in a [`Group`](@ref), of which each rank gives
-its `accumulation ÷ ranks`. While batches wait, `step!` and `run!` are errors; evaluating and saving go
+its `accumulation ÷ ranks`; and `gradients=bf16` takes one. No batch is added to gradients that were
+written or scaled. While batches wait, `step!` and `run!` are errors; evaluating and saving go
 on, and a checkpoint does not have them. After an error of this call those before still wait, unless it
 comes from a `loss`:
 
@@ -77,6 +78,50 @@ function forward_backward!(
     trainer::Trainer,
     tokens::AbstractMatrix{<:Integer},
     targets::Union{Nothing,AbstractMatrix{<:Integer}} = nothing;
+    fields...,
+)
+    return on_batch(Lib.mxt_trainer_forward_backward, loss, trainer, tokens, targets; fields...)
+end
+
+"""
+    evaluate!(trainer, tokens, targets; weights = nothing, divisor = nothing, losses = nothing)
+    evaluate!(loss, trainer, tokens; ...)
+    evaluate!(loss, trainer, tokens, targets; ...)
+
+The loss of a batch, without gradients: arguments as those of [`forward_backward!`](@ref), of which what
+a `loss` writes for gradients is dropped; result as that of a dataset, with the targets whose weight is
+not 0 as `tokens`. It changes nothing of the run, batches that wait for an update included, and is not
+collective.
+"""
+function evaluate!(
+    trainer::Trainer,
+    tokens::AbstractMatrix{<:Integer},
+    targets::AbstractMatrix{<:Integer};
+    fields...,
+)
+    return evaluate!(nothing, trainer, tokens, targets; fields...)
+end
+
+function evaluate!(
+    loss,
+    trainer::Trainer,
+    tokens::AbstractMatrix{<:Integer},
+    targets::Union{Nothing,AbstractMatrix{<:Integer}} = nothing;
+    fields...,
+)
+    stats = sized(Lib.mxt_eval_stats)
+    forward(trainer, batch) = Lib.mxt_trainer_forward(trainer, batch, stats)
+    on_batch(forward, loss, trainer, tokens, targets; fields...)
+    return named(stats[])
+end
+
+# What a C function makes of a batch.
+function on_batch(
+    work,
+    loss,
+    trainer::Trainer,
+    tokens::AbstractMatrix{<:Integer},
+    targets::Union{Nothing,AbstractMatrix{<:Integer}};
     weights::Union{Nothing,AbstractMatrix{<:Real}} = nothing,
     divisor = nothing,
     losses::Union{Nothing,AbstractMatrix{<:AbstractFloat}} = nothing,
@@ -104,7 +149,7 @@ function forward_backward!(
         )
         fields = divisor === nothing ? (;) : (divisor = divisor,)
         batch = Ref(filled(Lib.mxt_batch, Lib.mxt_batch_init, fields, managed))
-        call(() -> Lib.mxt_trainer_forward_backward(trainer, batch), trainer)
+        call(() -> work(trainer, batch), trainer)
     end
     found === nothing || (losses .= found)
     return nothing
@@ -123,7 +168,7 @@ ranks of a [`Group`](@ref) call it together.
 
 It is an error where no batch waits, and where the divisors of all of them are not above 0 together, as
 where every target is ignored. Weights and moments are then as before, and no batch waits any more; but
-those that are too few, with `lanes` or in a group, still do.
+where they are too few, with `lanes` or in a group, those of all ranks still do.
 """
 function update!(trainer::Trainer)
     stats = sized(Lib.mxt_step_stats)

@@ -618,6 +618,14 @@ end
         return losses[.!hidden], losses[4:6, 2], bits(update!(trainer)), tensors(Model(trainer))[WTE]
     end
     @test found[1] == found[2] && iszero(found[2][2])
+    # The loss alone, with what waits beside.
+    trainer, losses = new_trainer(), fill(-1.0, 16, 2)
+    own = evaluate!(smoothed(predicted, 0), trainer, inputs(rows), predicted; weights = weights)
+    forward_backward!(trainer, inputs(rows), predicted; weights = weights)
+    alone = evaluate!(trainer, inputs(rows), predicted; weights = weights, losses = losses)
+    @test isapprox(own.loss, alone.loss; rtol = 1e-5) && own.tokens == alone.tokens == count(.!hidden)
+    @test iszero(losses[4:6, 2]) && all(losses[.!hidden] .> 0)
+    @test isapprox(update!(trainer).loss, alone.loss; rtol = 1e-2)
     # A loss that is left out is no number.
     trainer = new_trainer()
     forward_backward!((logits, _, _) -> fill!(logits, 0), trainer, inputs(rows))

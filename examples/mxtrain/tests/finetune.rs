@@ -112,8 +112,19 @@ fn what_cannot_be_finetuned_is_named() {
         "finetune --init-from base --examples capitals.jsonl --sequence-length 16 --steps 1 \
          --out short --threads 1",
     );
-    let note = "6 examples are longer than 17 tokens (the longest has 32)";
+    let note = "6 of 6 examples are longer than 17 tokens (the longest has 32): there the prompt";
     assert!(out.contains(note), "{out}");
+    // For validation alone, and of a model that sees no more.
+    let long = "x".repeat(100);
+    fs::write(dir.join("long.jsonl"), format!("{{\"prompt\": \"{long}\", \"answer\": \"b\"}}\n"))
+        .unwrap();
+    let out = succeed(
+        dir,
+        "finetune --init-from base --examples capitals.jsonl --val-examples long.jsonl --steps 1 \
+         --out long --threads 1",
+    );
+    let note = "validation: 1 of 1 examples are longer than 65 tokens (the longest has 103)";
+    assert!(out.contains(note) && out.contains(", since the model sees no more"), "{out}");
     // By other fields.
     succeed(
         dir,

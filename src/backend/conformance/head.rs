@@ -83,6 +83,7 @@ fn of_loss<B: Harness>(backends: &[B], is_hosts: bool) {
                         };
                         let (losses_, w) = (&mut our_losses, params.get(b, 0));
                         if is_hosts {
+                            let gradient = Some(gradient);
                             let operands = HostClassifier { losses: losses_, gradient, x: &x, w };
                             let (thread, mut seen) = (std::thread::current().id(), 0);
                             let mut loss = |of: LogitRows<'_>| {
@@ -118,6 +119,17 @@ fn of_loss<B: Harness>(backends: &[B], is_hosts: bool) {
                     b.classifier(&mut scratch, operands, shape);
                     let what = "losses alone";
                     within(b, what, &read_f32(b, &alone, rows), &losses, bound(0));
+                    if is_hosts {
+                        let (losses_, w) = (&mut alone, params.get(b, 0));
+                        let operands = HostClassifier { losses: losses_, gradient: None, x: &x, w };
+                        let mut loss = |of: LogitRows<'_>| {
+                            cross_entropy(of, &ids, vocab_size);
+                            Ok(())
+                        };
+                        b.classifier_of_host(&mut scratch, operands, shape, &mut loss).unwrap();
+                        let what = "the host's losses alone";
+                        within(b, what, &read_f32(b, &alone, rows), &losses, bound(0));
+                    }
                 });
             }
         }
@@ -151,6 +163,7 @@ pub(super) fn a_loss_that_fails<B: Harness>(backends: &[B]) {
         let [dw] = flat.get(b);
         let (weights, scale, accumulate) = (None, 1.0, false);
         let gradient = ClassifierGradient { dx: &mut dx, dw, weights, scale, accumulate };
+        let gradient = Some(gradient);
         let operands = HostClassifier { losses: &mut losses, gradient, x: &x, w: params.get(b, 0) };
         let shape = HeadShape { rows, channels, vocab_size, precision: Precision::F32 };
         let mut calls = 0;

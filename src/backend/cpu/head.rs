@@ -93,8 +93,10 @@ impl Head for Cpu {
         let Workspace { a, b: [head, transposed_head, input], elements: logits, .. } = workspace;
         let by_channel = Matrix::rows_by_depth(w, vocab_size, channels);
         let head = pack(self, &by_channel, conversion, Role::B, head.as_mut());
-        let by_vocab = Matrix::depth_by_rows(w, channels, vocab_size);
-        let w = pack(self, &by_vocab, conversion, Role::B, transposed_head.as_mut());
+        let transposed = gradient.as_ref().map(|_| {
+            let by_vocab = Matrix::depth_by_rows(w, channels, vocab_size);
+            pack(self, &by_vocab, conversion, Role::B, transposed_head.as_mut())
+        });
         let chunk = chunk_rows(rows, vocab_size);
         for first in (0..rows).step_by(chunk) {
             let n = chunk.min(rows - first);
@@ -107,9 +109,10 @@ impl Head for Cpu {
             let losses = &mut losses[first..first + n];
             losses.fill(f32::NAN);
             loss(LogitRows { first, logits, losses })?;
-            scale_rows(self, logits, vocab_size, Scales::of(&gradient, first, n));
+            let (Some(gradient), Some(w)) = (&mut gradient, transposed) else { continue };
+            scale_rows(self, logits, vocab_size, Scales::of(gradient, first, n));
             let behind = Behind { x, w, first, shape };
-            self.head_backward(logits, &mut gradient, behind, (a, input));
+            self.head_backward(logits, gradient, behind, (a, input));
         }
         Ok(())
     }

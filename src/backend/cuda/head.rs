@@ -160,9 +160,9 @@ impl Head for Cuda {
         // As they lie on the GPU.
         let mut bytes: Vec<u8> = zeros(WHAT, at_once * stride * precision.size())?;
         let mut scales: Vec<f32> = zeros(WHAT, rows)?;
-        match gradient.weights {
-            Some(weights) => self.read(weights.address(), &mut scales)?,
-            None => scales.fill(1.0),
+        scales.fill(1.0);
+        if let Some(weights) = gradient.as_ref().and_then(|gradient| gradient.weights) {
+            self.read(weights.address(), &mut scales)?;
         }
         for first in (0..rows).step_by(workspace.chunk) {
             let n = workspace.chunk.min(rows - first);
@@ -180,17 +180,17 @@ impl Head for Cuda {
                 }
                 of_rows.fill(f32::NAN);
                 loss(LogitRows { first: row, logits, losses: of_rows })?;
+                self.write(losses.at(row), of_rows)?;
+                let Some(gradient) = &gradient else { continue };
                 let held = bytes.chunks_exact_mut(stride * precision.size());
                 let numbers = logits.chunks_exact(vocab_size).zip(&scales[row..]);
                 for (to, (from, weight)) in held.zip(numbers) {
                     write_gradients(from, gradient.scale * weight, to, precision);
                 }
                 self.write(place, bytes)?;
-                self.write(losses.at(row), of_rows)?;
             }
-            self.gpu.scope(|| {
-                self.head_backward(workspace, &mut gradient, (x, w), [first, n], shape);
-            });
+            let Some(gradient) = &mut gradient else { continue };
+            self.gpu.scope(|| self.head_backward(workspace, gradient, (x, w), [first, n], shape));
         }
         Ok(())
     }

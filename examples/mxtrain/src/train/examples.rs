@@ -5,7 +5,7 @@
 //! encodes them, so that the tokens that a model has learned to answer are those that it is asked with.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use indicatif::HumanCount;
@@ -15,6 +15,9 @@ use serde_json::{Map, Value};
 use crate::cli::ExampleArgs;
 use crate::failure::{Failure, Outcome};
 use crate::tokenizer::Tokenizer;
+
+/// What some programs begin UTF-8 with.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// Examples as tokens, one behind the other.
 pub(crate) struct Examples {
@@ -40,15 +43,24 @@ pub(crate) struct Size {
     pub(crate) tokens: u64,
     /// Of them, those that are learned.
     pub(crate) learned: u64,
-    /// Tokens of the longest.
-    pub(crate) longest: usize,
 }
 
 impl Examples {
     /// Reads a file.
     pub(crate) fn read(path: &Path, args: &ExampleArgs, tokenizer: Tokenizer) -> Outcome<Self> {
-        let file = File::open(path).map_err(Failure::io("open", path))?;
-        let rows = serde_json::Deserializer::from_reader(BufReader::new(file)).into_iter();
+        let mut file = BufReader::new(File::open(path).map_err(Failure::io("open", path))?);
+        let head = file.fill_buf().map_err(Failure::io("read", path))?;
+        if head.trim_ascii_start().starts_with(b"[") {
+            return Err(Failure::usage(format!(
+                "{}: expected JSON objects, one a line, found an array; `jq -c '.[]' FILE` makes lines of \
+                 it",
+                path.display()
+            )));
+        }
+        if head.starts_with(BYTE_ORDER_MARK) {
+            file.consume(BYTE_ORDER_MARK.len());
+        }
+        let rows = serde_json::Deserializer::from_reader(file).into_iter();
         let end = tokenizer.separator().map_or_else(|| b'\n'.into(), u16::from);
         let mut examples = Self { tokens: Vec::new(), all: Vec::new(), end };
         for (number, row) in rows.enumerate() {
@@ -84,7 +96,6 @@ impl Examples {
             examples: self.all.len() as u64,
             tokens: self.tokens.len() as u64,
             learned: learned as u64,
-            longest: self.all.iter().map(|example| example.end - example.first).max().unwrap_or(0),
         }
     }
 
@@ -119,14 +130,21 @@ impl Examples {
     }
 }
 
-/// What should be known of examples that windows do not hold.
-pub(crate) fn note(longer: u64, sequence_length: usize, longest: usize) -> Option<String> {
+/// What should be known of examples, of these lengths, that windows do not hold.
+pub(crate) fn note(lengths: &[usize], sequence_length: usize, context: usize) -> Option<String> {
+    let window = sequence_length + 1;
+    let longer = lengths.iter().filter(|length| **length > window).count();
+    let longest = lengths.iter().max().copied().unwrap_or(0);
+    let remedy = match sequence_length < context {
+        true => "; --sequence-length takes more",
+        false => ", since the model sees no more",
+    };
     (longer > 0).then(|| {
         format!(
-            "{} examples are longer than {} tokens (the longest has {longest}): of these the prompt \
-             begins later, or the answer ends earlier; --sequence-length takes more",
-            HumanCount(longer),
-            sequence_length + 1,
+            "{} of {} examples are longer than {window} tokens (the longest has {longest}): there the \
+             prompt begins later, or the answer ends earlier{remedy}",
+            HumanCount(longer as u64),
+            HumanCount(lengths.len() as u64),
         )
     })
 }
@@ -190,7 +208,7 @@ mod tests {
              \"prompt\":\"7+9\"}",
         );
         let examples = examples.unwrap();
-        let size = Size { examples: 2, tokens: 13, learned: 5, longest: 7 };
+        let size = Size { examples: 2, tokens: 13, learned: 5 };
         assert_eq!(examples.size(), size);
         let whole = ("1+2=3\n\n\n".to_owned(), vec![0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
         assert_eq!(window(&examples, 0, 7), whole);
@@ -200,6 +218,12 @@ mod tests {
         assert_eq!(window(&examples, 1, 4), ("9=16\n".to_owned(), vec![0.0, 1.0, 1.0, 1.0]));
         assert_eq!(window(&examples, 1, 1), ("=1".to_owned(), vec![1.0]));
         assert_eq!(examples.lengths(), [6, 7]);
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_none_of_the_text() {
+        let examples = read("\u{feff}{\"prompt\": \"a\", \"answer\": \"b\"}\r\n").unwrap();
+        assert_eq!(window(&examples, 0, 3), ("a=b\n".to_owned(), vec![0.0, 1.0, 1.0]));
     }
 
     #[test]
@@ -213,7 +237,7 @@ mod tests {
                 "example 2: expected a string in the field \"prompt\", found 5",
             ),
             ("{\"prompt\": \"a\"\n", "EOF while parsing an object at line 2"),
-            ("[1]", "expected JSON objects"),
+            (" [1]", "found an array; `jq"),
             ("text\n", "expected JSON objects"),
         ] {
             let failure = read(text).err().unwrap();

@@ -560,8 +560,11 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
     };
     let schedule = &options.schedule;
     let drop = options.token_drop.map_or_else(String::new, |drop| format!(", token drop {drop}"));
-    let notes: String =
-        data.notes(sequence).iter().map(|note| format!("            {note}\n")).collect();
+    let notes: String = data
+        .notes(sequence, config.context_length)
+        .iter()
+        .map(|note| format!("            {note}\n"))
+        .collect();
     format!(
         "machine     {about}\n\
          data        {}: {}{tokenizer}, vocabulary {}\n{notes}\

@@ -49,8 +49,8 @@ pub(crate) struct Data {
 pub(crate) struct OfExamples {
     pub(crate) train: Size,
     val: Option<Size>,
-    /// Tokens of each for training.
-    lengths: Vec<usize>,
+    /// Tokens of each, for training and for validation.
+    lengths: [Vec<usize>; 2],
 }
 
 impl Data {
@@ -74,6 +74,11 @@ impl Data {
             }
         }
         let StartArgs { resume, init_from, .. } = &args.start;
+        if args.report.sharpness.sharpness.is_some() {
+            return Err(Failure::usage(
+                "--sharpness: is of all targets, and of --examples only answers count; leave it out",
+            ));
+        }
         let tokenizer = match (args.data.tokenizer, resume.as_ref().or(init_from.as_ref())) {
             (Some(tokenizer), _) => tokenizer,
             (None, Some(dir)) => hugging_face::tokenizer_to_read(dir, None, usize::MAX)?,
@@ -89,7 +94,7 @@ impl Data {
         let examples = OfExamples {
             train: train.size(),
             val: val.as_ref().map(Examples::size),
-            lengths: train.lengths(),
+            lengths: [train.lengths(), val.as_ref().map_or_else(Vec::new, Examples::lengths)],
         };
         Ok(Self {
             train: train.dataset()?,
@@ -129,7 +134,7 @@ impl Data {
 
     /// The shortest sequence that holds every example, or as much as a model can see.
     fn sequence_length(&self, context: usize) -> Option<usize> {
-        let Size { longest, .. } = self.examples.as_ref()?.train;
+        let longest = self.examples.as_ref()?.lengths.iter().flatten().max()?;
         // The last token of a window is only predicted.
         Some((longest - 1).next_multiple_of(16).min(context))
     }
@@ -200,12 +205,16 @@ impl Data {
         Ok(())
     }
 
-    /// What should be known of data that these windows do not fit, one line each.
-    pub(crate) fn notes(&self, sequence_length: usize) -> Vec<String> {
-        if let Some(OfExamples { train, lengths, .. }) = &self.examples {
-            let longer = lengths.iter().filter(|length| **length > sequence_length + 1).count();
-            let note = examples::note(longer as u64, sequence_length, train.longest);
-            return note.into_iter().collect();
+    /// What should be known of data that these windows do not fit, one line each, of a model that sees
+    /// so much context.
+    pub(crate) fn notes(&self, sequence_length: usize, context: usize) -> Vec<String> {
+        if let Some(OfExamples { lengths: [train, val], .. }) = &self.examples {
+            let train = examples::note(train, sequence_length, context);
+            let val = examples::note(val, sequence_length, context);
+            return train
+                .into_iter()
+                .chain(val.map(|note| format!("validation: {note}")))
+                .collect();
         }
         let train = self.train.coverage(sequence_length).warning("--sequence-length");
         let val = self.val.as_ref().and_then(|val| short_windows(val, sequence_length));
