@@ -23,7 +23,7 @@ Julia does not refuse that, the dataset goes on with the tokens that were.
 `count` windows that `fill(number, tokens, weights)` writes each time that one is wanted, with numbers
 from 1 on. `tokens` is a `Vector{UInt32}` of `sequence_length + 1`: all but the last are what the model
 reads, and each but the first is the target of the one before it. `weights` is a `Vector{Float32}` of
-`sequence_length`, in which `weights[i]` is the factor of the loss of `tokens[i + 1]`: 1 unless `fill`
+`sequence_length`, in which `weights[i]` is the factor of the loss of `tokens[i + 1]`, at least 0: 1 unless `fill`
 changes it, and 0 for what is not to be learned, as a prompt or padding. With the `do` syntax:
 
     dataset = Dataset(length(examples)) do number, tokens, weights

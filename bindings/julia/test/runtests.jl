@@ -709,7 +709,7 @@ end
         ((tokens, _) -> tokens[18] = 0, error -> error isa BoundsError),
         ((tokens, _) -> tokens[1] = 32, error -> error.status == Lib.MXT_ERROR_TOKEN_RANGE),
         ((_, weights) -> weights[3] = NaN, error -> error.status == Lib.MXT_ERROR_NOT_FINITE),
-        ((_, weights) -> fill!(weights, 0), error -> error.status == Lib.MXT_ERROR_INVALID_ARGUMENT),
+        ((_, weights) -> weights[3] = -1, error -> error.status == Lib.MXT_ERROR_INVALID_ARGUMENT),
         (() -> nothing, error -> error isa MethodError),
     )
         broken = breaks
@@ -719,6 +719,11 @@ end
         @test step!(trainer, breaking).step == steps_done(trainer)
     end
     @test steps_done(trainer) == 10
+    # Nothing is learned of windows that do not count, and there is no mean over them.
+    broken = (_, weights) -> fill!(weights, 0)
+    @test step!(trainer, breaking).loss == 0
+    @test status_of(() -> evaluate!(trainer, breaking)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    broken = nothing
     # A run saves the steps before.
     mktempdir() do folder
         error = thrown() do

@@ -1,5 +1,7 @@
 """What all tests share: a small model, and data that it can learn."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,29 @@ SHAPE = {"vocab_size": 61, "context_length": 16, "layers": 2, "heads": 2, "chann
 def tokens(count=4000):
     places = np.arange(count)
     return (places * places + places // 7) % 59
+
+
+class Wires:
+    """Two ranks of one process, which meet at every exchange."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.sent = [None, None]
+
+    def group(self, rank):
+        def meet(send, receive, part):
+            self.sent[rank] = send.copy()
+            self.barrier.wait()
+            receive[:] = np.concatenate([part(bytes_of) for bytes_of in self.sent])
+            self.barrier.wait()
+
+        return mxt.Group(
+            rank,
+            2,
+            lambda send, receive: meet(send, receive, lambda all: all.reshape(2, -1)[rank]),
+            lambda mine, all: meet(mine, all, lambda theirs: theirs),
+            self.barrier.abort,
+        )
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from conftest import SHAPE, tokens
 import mxfp4train as mxt
 from mxfp4train import _arrays as arrays
 from mxfp4train import _callbacks as callbacks
+from mxfp4train._arrays import Place
 
 
 def test_datasets_of_arrays_and_files(tmp_path):
@@ -65,11 +66,11 @@ def test_tensors_go_round(engine):
 def test_what_fits_is_not_copied():
     right = np.arange(12, dtype=np.uint32).reshape(3, 4)
     for given, same in ((right, True), (right.astype(np.int64), False), (right[:, ::2], False)):
-        pointer, count = arrays.tokens("it", given, "cpu")
+        pointer, count = arrays.tokens("it", given, Place("cpu"))
         address = int(arrays.ffi.cast("uintptr_t", pointer))
         assert (address == given.ctypes.data) == same and count == given.size
     floats = np.ones(3, np.float32)
-    pointer, _ = arrays.floats("it", floats, "cpu")
+    pointer, _ = arrays.floats("it", floats, Place("cpu"))
     assert int(arrays.ffi.cast("uintptr_t", pointer)) == floats.ctypes.data
 
 
@@ -91,30 +92,45 @@ class OnGpu:
 def test_arrays_on_a_gpu_pass_their_pointer():
     right = np.arange(12, dtype=np.uint32).reshape(3, 4)
     for given in (right, right.view(np.int32)):
-        pointer, count = arrays.tokens("it", OnGpu(given), "cuda:0", (3, 4))
+        pointer, count = arrays.tokens("it", OnGpu(given), Place("cuda:0"), (3, 4))
         assert int(arrays.ffi.cast("uintptr_t", pointer)) == right.ctypes.data and count == 12
     contiguous = OnGpu(right, strides=(16, 4))
-    assert arrays.tokens("it", contiguous, "cuda:0")[1] == 12
+    assert arrays.tokens("it", contiguous, Place("cuda:0"))[1] == 12
     with pytest.raises(ValueError, match=r"where the engine is \(cpu\)"):
-        arrays.tokens("it", OnGpu(right), "cpu")
+        arrays.tokens("it", OnGpu(right), Place("cpu"))
     with pytest.raises(TypeError, match="expected an array of <u4 or <i4, got <i8"):
-        arrays.tokens("it", OnGpu(right.astype(np.int64)), "cuda:0")
+        arrays.tokens("it", OnGpu(right.astype(np.int64)), Place("cuda:0"))
     with pytest.raises(ValueError, match="C-contiguous"):
-        arrays.tokens("it", OnGpu(right[:, ::2]), "cuda:0")
+        arrays.tokens("it", OnGpu(right[:, ::2]), Place("cuda:0"))
     with pytest.raises(ValueError, match="expected the shape"):
-        arrays.tokens("it", OnGpu(right), "cuda:0", (4, 3))
+        arrays.tokens("it", OnGpu(right), Place("cuda:0"), (4, 3))
     floats = np.ones(3, np.float32)
-    assert arrays.room("it", OnGpu(floats), "cuda:0")[1] == 3
+    assert arrays.room("it", OnGpu(floats), Place("cuda:0"))[1] == 3
     floats.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
-        arrays.room("it", OnGpu(floats), "cuda:0")
+        arrays.room("it", OnGpu(floats), Place("cuda:0"))
+
+
+def test_a_stream_is_the_engines_or_none():
+    array = np.ones(3, np.float32)
+    own = Place("cuda:0", 0x5500)
+    for place, stream in ((own, None), (own, 0), (own, 0x5500), (Place("cuda:0"), None)):
+        assert arrays.floats("it", OnGpu(array, stream=stream), place)[1] == 3
+    for place, stream in ((own, 0x5501), (own, 1), (own, 2), (Place("cuda:0"), 1)):
+        for take in (arrays.floats, arrays.room):
+            with pytest.raises(ValueError, match=f"it: expected an array .* stream {stream};"):
+                take("it", OnGpu(array, stream=stream), place)
+    with pytest.raises(ValueError, match="cuda_stream: expected the address of a stream, got 0"):
+        mxt.Engine(device="cuda", cuda_stream=0)
+    with pytest.raises(mxt.MxtError, match="cuda_stream"):
+        mxt.Engine(cuda_stream=0x5500)
 
 
 def test_a_gpus_pointer_reaches_the_library(make_trainer, weights_of):
     # NOTE: the processor's engine takes it for a GPU's, since the trainer says so.
     rows = tokens(3 * 17).reshape(3, 17).astype(np.uint32)
     host, gpu = make_trainer(), make_trainer()
-    gpu._device = "cuda:0"
+    gpu._place = Place("cuda:0")
     assert host.step_tokens(rows).loss == gpu.step_tokens(OnGpu(rows)).loss
     inputs, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
     losses = np.zeros((3, 16), np.float32)
@@ -212,4 +228,33 @@ def test_windows_that_the_program_fills(make_trainer):
         trainer.step(mxt.Dataset.from_windows(6, broken))
     with pytest.raises(EOFError):
         trainer.run(mxt.Dataset.from_windows(6, broken), steps=3)
+    with pytest.raises(TypeError, match="fill: expected a function, got 6"):
+        mxt.Dataset.from_windows(6, 6)
     assert trainer.steps_done == 2
+
+
+def test_weights_of_windows(make_trainer):
+    def windows(weight):
+        def fill(number, window, weights):
+            window[:] = number
+            weights[:] = weight
+
+        return mxt.Dataset.from_windows(6, fill)
+
+    trainer = make_trainer()
+    expected = trainer.evaluate(windows(1)).loss
+    assert trainer.evaluate(windows(3)).loss == pytest.approx(expected, rel=1e-6)
+    for weight, error in (
+        (-1, mxt.InvalidArgument),
+        (np.inf, mxt.NotFinite),
+        (1e-30, mxt.InvalidArgument),
+        (1e30, mxt.InvalidArgument),
+    ):
+        with pytest.raises(error):
+            trainer.step(windows(weight))
+    assert trainer.steps_done == 0
+    # Nothing is learned, which is a step all the same.
+    stats = trainer.step(windows(0))
+    assert (stats.step, stats.loss, stats.grad_norm) == (1, 0, 0)
+    with pytest.raises(mxt.InvalidArgument):
+        trainer.evaluate(windows(0))

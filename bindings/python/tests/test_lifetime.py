@@ -11,7 +11,7 @@ import weakref
 
 import numpy as np
 import pytest
-from conftest import SHAPE
+from conftest import SHAPE, Wires
 
 import mxfp4train as mxt
 from mxfp4train import _callbacks as callbacks
@@ -59,7 +59,9 @@ def test_what_nothing_refers_to_is_freed():
     gone, lent = weakref.ref(trainer), len(callbacks.lent)
     del engine
     gc.collect()
-    assert len(callbacks.lent) == lent
+    # What was made from the engine has its log.
+    del lines[:]
+    assert len(callbacks.lent) == lent and mxt.Trainer(trainer.model, batch_size=1) and lines
     del trainer
     gc.collect()
     assert gone() is None and len(callbacks.lent) == lent - 1
@@ -85,6 +87,141 @@ def test_a_call_leaves_no_cycle(make_trainer, dataset):
             assert gone() is None
     finally:
         gc.enable()
+
+
+class Corpus:
+    """A class as programs have it: C calls what has the object that it is called for."""
+
+    def __init__(self, rows=None):
+        self.rows = rows
+        self.dataset = mxt.Dataset.from_windows(10, self.fill)
+
+    def fill(self, number, window, weights):
+        window[:] = number
+
+
+class Logger:
+    def __init__(self):
+        self.lines = []
+        self.engine = mxt.Engine(threads=1, log=self.log)
+        self.model = mxt.Model(self.engine, **SHAPE)
+        self.trainer = mxt.Trainer(self.model, batch_size=1)
+        self.decoder = mxt.Decoder(self.model)
+        self.snapshot = self.trainer.snapshot()
+
+    def log(self, _level, line):
+        self.lines.append(line)
+
+
+class Rank:
+    def __init__(self, wires, number):
+        group = wires.group(number)
+        self.functions = group.all_to_all, group.all_gather
+        group = mxt.Group(number, 2, self.all_to_all, self.all_gather, self.abort)
+        self.engine = mxt.Engine(threads=1, group=group)
+        self.model = mxt.Model(self.engine, **SHAPE)
+
+    def all_to_all(self, send, receive):
+        self.functions[0](send, receive)
+
+    def all_gather(self, mine, everyones):
+        self.functions[1](mine, everyones)
+
+    def abort(self):
+        pass
+
+
+def test_cycles_through_callbacks_are_collected(make_trainer):
+    lent, trainer = len(callbacks.lent), make_trainer()
+
+    def of_dataset():
+        corpus = Corpus()
+        trainer.step(corpus.dataset)
+        return [corpus]
+
+    def of_log():
+        logger = Logger()
+        assert any("trainer" in line for line in logger.lines)
+        return [logger]
+
+    def of_group():
+        wires, ranks = Wires(), []
+        threads = [
+            threading.Thread(target=lambda it=number: ranks.append(Rank(wires, it)))
+            for number in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(ranks) == 2
+        return ranks
+
+    for make in (of_dataset, of_log, of_group):
+        made = make()
+        gone = [weakref.ref(it) for it in made]
+        assert len(callbacks.lent) > lent
+        del made
+        gc.collect()
+        assert [it() for it in gone] == [None] * len(gone), make
+        # The library has given all of it back, so what it had itself is freed, too.
+        assert len(callbacks.lent) == lent, make
+
+
+def test_what_is_closed_keeps_no_callback(make_trainer, dataset):
+    class Function:
+        def __init__(self, owner=None):
+            self.owner = owner
+
+        def __call__(self, *_):
+            if self.owner is not None:
+                self.owner[0].close()
+
+    log, fill = Function(), Function()
+    logs, fills = weakref.ref(log), weakref.ref(fill)
+    engine, windows = mxt.Engine(threads=1, log=log), mxt.Dataset.from_windows(3, fill)
+    trainer = make_trainer(engine)
+    del log, fill
+    engine.close()
+    windows.close()
+    assert fills() is None and logs() is not None
+    trainer.close()
+    assert logs() is None
+    # One that is closed by what it calls is there until the call returns.
+    owner = []
+    owner.append(mxt.Dataset.from_windows(6, Function(owner)))
+    fills = weakref.ref(owner[0]._lent[0].content)
+    other = make_trainer()
+    assert other.step(owner[0]).step == 1 and owner[0].closed and fills() is None
+
+
+def test_a_snapshot_has_the_log_of_what_it_holds(tmp_path):
+    lines = [], []
+    of_log = [mxt.Engine(threads=1, log=lambda _, line, to=to: to.append(line)) for to in lines]
+    trainers = [mxt.Trainer(mxt.Model(engine, **SHAPE), batch_size=1) for engine in of_log]
+    logs = [weakref.ref(engine._lent[0]) for engine in of_log]
+    snapshot = trainers[0].snapshot()
+    snapshot.renew(trainers[1])
+    del of_log, trainers
+    gc.collect()
+    assert logs[0]() is None and logs[1]() is not None
+    snapshot.save(tmp_path / "out")
+    del snapshot
+    gc.collect()
+    assert logs[1]() is None
+
+
+def test_a_callback_that_is_gone_stops():
+    gone = callbacks.Owned(print)
+    pointer = gone.pointer()
+    callbacks.on_log(pointer, 2, callbacks.ffi.new("char[]", b"is there"))
+    del gone
+    memory = callbacks.ffi.new("uint32_t[9]"), callbacks.ffi.new("float[8]")
+    assert callbacks.on_window(pointer, 0, *memory, 8) == 1
+    assert callbacks.on_all_to_all(pointer, *memory, 4) == 1
+    assert callbacks.on_all_gather(pointer, *memory, 4) == 1
+    callbacks.on_log(pointer, 2, callbacks.ffi.new("char[]", b"is gone"))
+    callbacks.on_abort(pointer)
 
 
 def test_an_engine_that_cannot_be_made_keeps_nothing():

@@ -80,6 +80,7 @@ def test_functions_have_the_options_of_the_structs():
         (mxt.Decoder.generate, "mxt_generate_options", {"self", "sequence"}),
         (mxt.Trainer.run, "mxt_run_options", {"self", "dataset"}),
         (mxt.Trainer.forward_backward, "mxt_batch", {"self"}),
+        (mxt.Trainer.forward, "mxt_batch", {"self"}),
         (mxt.Engine.__init__, "mxt_engine_options", {"self"}),
     ):
         given = set(inspect.signature(function).parameters) - others

@@ -1,5 +1,8 @@
 """A step in parts: batches, masks, losses of the host, gradients, updates."""
 
+import inspect
+import re
+import textwrap
 import traceback
 
 import numpy as np
@@ -13,17 +16,16 @@ INPUTS, TARGETS = ROWS[:, :-1], ROWS[:, 1:]
 
 
 def cross_entropy(targets, seen=None):
+    """The example of the documentation."""
+    documentation = inspect.getdoc(mxt.Trainer.forward_backward)
+    text = re.search(r"^ +def loss.*?return losses$", documentation, re.DOTALL | re.MULTILINE)
+    names = {"numpy": np, "targets": targets}
+    exec(textwrap.dedent(text[0]), names)
+
     def loss(logits, first_row):
-        rows = np.arange(len(logits))
         if seen is not None:
-            seen.append((first_row, logits.shape, logits.dtype))
-        wanted = targets.reshape(-1)[first_row:][: len(logits)]
-        logits -= logits.max(axis=1, keepdims=True)
-        np.exp(logits, out=logits)
-        logits /= logits.sum(axis=1, keepdims=True)
-        losses = -np.log(logits[rows, wanted])
-        logits[rows, wanted] -= 1
-        return losses
+            seen.append((first_row, logits.copy()))
+        return names["loss"](logits, first_row)
 
     return loss
 
@@ -71,12 +73,76 @@ def test_a_loss_of_ones_own_is_the_librarys(make_trainer):
     library.forward_backward(INPUTS, TARGETS)
     losses = np.empty(TARGETS.shape, np.float32)
     own.forward_backward(INPUTS, loss=cross_entropy(TARGETS, seen), losses=losses)
-    assert seen[0] == (0, (48, 61), np.float32) and sum(shape[0] for _, shape, _ in seen) == 48
+    assert [(first, it.shape, it.dtype) for first, it in seen] == [(0, (48, 61), np.float32)]
     for name, expected in library.gradients.items():
         assert np.allclose(own.gradients[name], expected, rtol=1e-4, atol=1e-6), name
     expected, found = library.update(), own.update()
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert losses.mean() == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_a_loss_of_ones_own_with_ignored_targets(make_trainer):
+    targets = TARGETS.copy()
+    # Below 0 by more than there are tokens, which is no place in a row.
+    targets[:, :7] = -100
+    library, own = make_trainer(recipe="fp32"), make_trainer(recipe="fp32")
+    library.forward_backward(INPUTS, targets)
+    own.forward_backward(INPUTS, targets, loss=cross_entropy(targets))
+    name = "transformer.wpe.weight"
+    assert np.allclose(own.gradients[name], library.gradients[name], rtol=1e-4, atol=1e-6)
+    assert own.update().loss == pytest.approx(library.update().loss, rel=1e-6)
+
+
+def test_forward_is_the_loss_alone(make_trainer, weights_of):
+    trainer, alone = make_trainer(recipe="fp32"), make_trainer(recipe="fp32")
+    before, mask = weights_of(trainer), np.arange(16) >= 5
+    weights = np.broadcast_to(mask, TARGETS.shape) * 0.5
+    losses = np.empty(TARGETS.shape, np.float32)
+    for given in ({}, {"loss": cross_entropy(TARGETS)}):
+        stats = trainer.forward(INPUTS, TARGETS, weights, losses=losses, **given)
+        assert isinstance(stats, mxt.EvalStats) and stats.tokens == 3 * 11
+        assert stats.loss == pytest.approx(losses[:, mask].mean(), rel=1e-5)
+        assert stats.perplexity == pytest.approx(np.exp(stats.loss), rel=1e-5)
+        halved = trainer.forward(INPUTS, TARGETS, weights, 2 * weights.sum(), **given)
+        assert halved.loss == pytest.approx(stats.loss / 2, rel=1e-6)
+    assert trainer.forward(INPUTS, loss=cross_entropy(TARGETS)).tokens == 48
+    with pytest.raises(mxt.InvalidArgument):
+        trainer.update()
+    # It changes nothing of batches that wait, nor of a step.
+    trainer.forward_backward(INPUTS, TARGETS, weights)
+    gradient = trainer.gradients["transformer.wpe.weight"]
+    assert trainer.forward(INPUTS, TARGETS, weights).loss == stats.loss
+    with pytest.raises(ArithmeticError):
+        trainer.forward(INPUTS, loss=lambda *_: 1 // 0)
+    with pytest.raises(mxt.Stopped):
+        trainer.forward(INPUTS, loss=lambda *_: mxt.STOP)
+    with pytest.raises(mxt.InvalidArgument):
+        trainer.forward(INPUTS, np.full(TARGETS.shape, -1))
+    assert np.array_equal(trainer.gradients["transformer.wpe.weight"], gradient)
+    assert np.array_equal(weights_of(trainer), before)
+    alone.forward_backward(INPUTS, TARGETS, weights)
+    expected, found = alone.update(), trainer.update()
+    assert found.loss == expected.loss and found.grad_norm == expected.grad_norm
+    assert trainer.forward(INPUTS, TARGETS, weights).loss < stats.loss
+
+
+def test_divisors(make_trainer):
+    trainer = make_trainer()
+    for call in (trainer.forward_backward, trainer.forward):
+        for zero in (0, 0.0, np.float32(0), -0.0):
+            with pytest.raises(ValueError, match="divisor: expected another number than 0"):
+                call(INPUTS, TARGETS, divisor=zero)
+        with pytest.raises(mxt.InvalidArgument, match="divisor"):
+            call(INPUTS, TARGETS, divisor=float("nan"))
+        with pytest.raises(TypeError, match="divisor: expected a number"):
+            call(INPUTS, TARGETS, divisor="48")
+    # What weights come to is a mean that a float can hold.
+    for weight in (1e-30, 1e30):
+        with pytest.raises(mxt.InvalidArgument):
+            trainer.forward(INPUTS, TARGETS, np.full(TARGETS.shape, weight))
+        trainer.forward_backward(INPUTS, TARGETS, np.full(TARGETS.shape, weight))
+        with pytest.raises(mxt.InvalidArgument):
+            trainer.update()
 
 
 def test_gradients(make_trainer):
@@ -92,6 +158,9 @@ def test_gradients(make_trainer):
     assert np.array_equal(trainer.gradients[name], before)
     position = trainer.model.tensors[name]
     trainer.gradients[name] = np.zeros((16, 32))
+    # What has been changed is no sum of batches any more.
+    with pytest.raises(mxt.InvalidArgument):
+        trainer.forward_backward(INPUTS, TARGETS)
     trainer.update()
     decay = 1 - np.float32(1e-2) * np.float32(0.1)
     assert np.allclose(trainer.model.tensors[name], decay * position, rtol=1e-6)
@@ -99,11 +168,27 @@ def test_gradients(make_trainer):
     with pytest.raises(mxt.InvalidArgument):
         trainer.step_tokens(ROWS)
     trainer.zero_gradients()
-    with pytest.raises(mxt.InvalidArgument):
-        trainer.update()
+    for use in (trainer.update, lambda: trainer.gradients[name]):
+        with pytest.raises(mxt.InvalidArgument):
+            use()
     # A program may bring all gradients itself.
     trainer.gradients[name] = before
+    assert np.array_equal(trainer.gradients[name], before)
+    with pytest.raises(mxt.InvalidArgument):
+        trainer.forward_backward(INPUTS, TARGETS)
     assert trainer.update().grad_norm == pytest.approx(np.linalg.norm(before), rel=1e-5)
+    # After scaling, and an update that fails.
+    trainer.forward_backward(INPUTS, TARGETS)
+    trainer.scale_gradients(0.5)
+    with pytest.raises(mxt.InvalidArgument):
+        trainer.forward_backward(INPUTS, TARGETS)
+    trainer.zero_gradients()
+    trainer.forward_backward(INPUTS, np.full(TARGETS.shape, -1))
+    for use in (trainer.update, lambda: trainer.gradients[name]):
+        with pytest.raises(mxt.InvalidArgument):
+            use()
+    trainer.step_tokens(ROWS)
+    assert trainer.gradients[name].any()
 
 
 def test_what_a_loss_raises_is_raised(make_trainer, weights_of):

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import SHAPE, tokens
+from conftest import SHAPE, Wires, tokens
 
 import mxfp4train as mxt
 
@@ -169,29 +169,6 @@ def test_snapshots_are_saved_while_training_goes_on(make_trainer, dataset, weigh
     assert mxt.Trainer.load(mxt.Engine(threads=1), tmp_path / "two").steps_done == 2
     with pytest.raises(TypeError, match=r"trainer\.snapshot"):
         mxt.Snapshot()
-
-
-class Wires:
-    """Two ranks of one process, which meet at every exchange."""
-
-    def __init__(self):
-        self.barrier = threading.Barrier(2, timeout=60)
-        self.sent = [None, None]
-
-    def group(self, rank):
-        def meet(send, receive, part):
-            self.sent[rank] = send.copy()
-            self.barrier.wait()
-            receive[:] = np.concatenate([part(bytes_of) for bytes_of in self.sent])
-            self.barrier.wait()
-
-        return mxt.Group(
-            rank,
-            2,
-            lambda send, receive: meet(send, receive, lambda all: all.reshape(2, -1)[rank]),
-            lambda mine, all: meet(mine, all, lambda theirs: theirs),
-            self.barrier.abort,
-        )
 
 
 def test_ranks_train_as_one(make_trainer, dataset, weights_of):

@@ -16,14 +16,19 @@ What holds everywhere:
 - Arrays go in as numpy's or as what becomes numpy's. C-contiguous uint32 (tokens) and float32 are
   not copied; other whole numbers are checked and converted. They must not change during the call.
   Arrays on the engine's GPU are taken by `__cuda_array_interface__` where a method says so; they
-  must have been written before the call or on the engine's stream.
-- What comes out is a numpy array of its own. Only what a callback gets is the library's memory, and
-  no longer to be used after the call.
+  must have been written before the call or on the engine's stream. One that names another stream
+  is a ValueError.
+- What comes out is a numpy array of its own. NOTE: only what a callback gets (`logits` of a loss,
+  `tokens` and `weights` of a window, what ranks exchange) is the library's memory, which is used
+  again after the call. An array that is kept then has other numbers, without an error: keep
+  `logits.copy()`, also of a part.
 - A call that fails raises an `MxtError` (InvalidArgument, Busy, OutOfMemory...) with the library's
   message, or a TypeError or ValueError that names the argument. What a callback raises ends the
   run, the text or the batch in order (a run still saves) and is raised by the call that called
   back. So does Ctrl-C.
 - Objects are context managers; `close` frees one at once, else it is freed with the last reference.
+  One has what it was given to call, as a Dataset its `fill` and an Engine its `log`; a cycle that
+  this makes, as with `self.dataset = Dataset.from_windows(9, self.fill)`, Python's collector frees.
   They may be closed in any order. A closed one raises Closed, and answers 0 where nothing can fail.
 - Calls release the interpreter's lock. Different objects are independent; one that is inside a call
   refuses others from other threads with Busy, and so does a model while its trainer is at work.

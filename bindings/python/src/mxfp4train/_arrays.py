@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -20,14 +20,26 @@ Pointer = Any
 LARGEST = 0xFFFFFFFF
 
 
+class Place(NamedTuple):
+    """Where the arrays of an engine may lie, besides the host's memory."""
+
+    device: str
+    """The name of the engine's device; empty where arrays of the host alone are taken."""
+    stream: Optional[int] = None
+    """The stream of the host that the engine works on, if it has one."""
+
+
+HOST = Place("")
+
+
 def tokens(
-    what: str, value: Any, device: str, shape: Sequence[int] | None = None, ignored: bool = False
+    what: str, value: Any, place: Place, shape: Sequence[int] | None = None, ignored: bool = False
 ) -> tuple[Pointer, int]:
     """Tokens as C wants them, and how many they are.
 
     With `ignored`, numbers below 0 become IGNORED.
     """
-    cuda = cuda_pointer(what, value, "uint32_t *", ("<u4", "<i4"), device, shape)
+    cuda = cuda_pointer(what, value, "uint32_t *", ("<u4", "<i4"), place, shape)
     if cuda is not None:
         return cuda
     array = host_array(value)
@@ -57,10 +69,10 @@ def as_uint32(what: str, array: np.ndarray, ignored: bool) -> np.ndarray:
 
 
 def floats(
-    what: str, value: Any, device: str, shape: Sequence[int] | None = None
+    what: str, value: Any, place: Place, shape: Sequence[int] | None = None
 ) -> tuple[Pointer, int]:
     """Numbers to be read as float32, and how many they are."""
-    cuda = cuda_pointer(what, value, "float *", ("<f4",), device, shape)
+    cuda = cuda_pointer(what, value, "float *", ("<f4",), place, shape)
     if cuda is not None:
         return cuda
     array = host_array(value)
@@ -72,10 +84,10 @@ def floats(
 
 
 def room(
-    what: str, value: Any, device: str, shape: Sequence[int] | None = None
+    what: str, value: Any, place: Place, shape: Sequence[int] | None = None
 ) -> tuple[Pointer, int]:
     """An array of float32 for C to write into, and its length. Nothing is converted."""
-    cuda = cuda_pointer(what, value, "float *", ("<f4",), device, shape, writable=True)
+    cuda = cuda_pointer(what, value, "float *", ("<f4",), place, shape, writable=True)
     if cuda is not None:
         return cuda
     if not isinstance(value, np.ndarray) and hasattr(value, "__array__"):
@@ -107,7 +119,7 @@ def cuda_pointer(
     value: Any,
     kind: str,
     types: tuple[str, ...],
-    device: str,
+    place: Place,
     shape: Sequence[int] | None,
     writable: bool = False,
 ) -> tuple[Pointer, int] | None:
@@ -115,8 +127,8 @@ def cuda_pointer(
     interface = getattr(value, "__cuda_array_interface__", None)
     if interface is None:
         return None
-    if not device.startswith("cuda"):
-        why = f", where the engine is ({device})" if device else ""
+    if not place.device.startswith("cuda"):
+        why = f", where the engine is ({place.device})" if place.device else ""
         raise ValueError(f"{what}: expected an array in the host's memory{why}, got one on a GPU")
     if interface["typestr"] not in types:
         wanted = " or ".join(types)
@@ -131,6 +143,16 @@ def cuda_pointer(
         if count > 0 and length > 1 and stride != step:
             raise ValueError(f"{what}: expected a C-contiguous array, got other strides")
         step *= length
+    stream = interface.get("stream")
+    if stream and stream != place.stream:
+        # NOTE: what makes the array may still be queued there, and the engine's stream waits for no
+        # other one, CUDA's default streams (1 and 2) included.
+        own = "none of the host's" if place.stream is None else place.stream
+        raise ValueError(
+            f"{what}: expected an array that names no stream, or the engine's cuda_stream ({own}), "
+            f"got one of the stream {stream}; make it on the engine's stream, or synchronize and "
+            "pass it without one (CuPy: CUPY_CUDA_ARRAY_INTERFACE_EXPORT_VERSION=2)"
+        )
     pointer, read_only = interface["data"]
     if writable and read_only:
         raise ValueError(f"{what}: expected an array to write into, got one that is read-only")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+import weakref
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -30,6 +31,33 @@ LOG_LEVELS = ("", "warning", "info", "debug")
 
 # Pointers of which C itself says when it needs them no more, by their addresses.
 lent: dict[int, Any] = {}
+
+
+class Owned:
+    """What C may use as long as one of Python's objects has this: those that C calls it for.
+
+    NOTE: C has but a weak reference to it. What C calls often has the object that it is called for,
+    as in `self.dataset = Dataset.from_windows(9, self.fill)`: a cycle, which would never be freed
+    if `lent`, which is always there, were a part of it.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def pointer(self) -> Any:
+        """C's user data for it."""
+        return ffi.new_handle(weakref.ref(self))
+
+
+def owned(user_data: Any, gone: Any = None) -> Any:
+    """The content of an `Owned`, or `gone` where nothing has it any more."""
+    found = ffi.from_handle(user_data)()
+    return gone if found is None or found.content is None else found.content
+
+
+def stop(*_: object) -> _Stop:
+    """In place of a function that is gone."""
+    return STOP
 
 
 def pointer_to(content: Any) -> Any:
@@ -126,7 +154,7 @@ def loss_of(loss: Callable[[np.ndarray, int], Any], rows: Any) -> Any:
 @callback("mxt_window_fn")
 def on_window(user_data: Any, number: int, tokens: Any, weights: Any, sequence_length: int) -> int:
     return guarded(
-        ffi.from_handle(user_data),
+        owned(user_data, stop),
         number,
         view(tokens, np.uint32, (sequence_length + 1,)),
         view(weights, np.float32, (sequence_length,)),
@@ -135,12 +163,17 @@ def on_window(user_data: Any, number: int, tokens: Any, weights: Any, sequence_l
 
 @callback("mxt_log_fn", error=None)
 def on_log(user_data: Any, level: int, line: Any) -> None:
-    guarded(ffi.from_handle(user_data), LOG_LEVELS[min(level, 3)], text_of(line))
+    guarded(owned(user_data, stop), LOG_LEVELS[min(level, 3)], text_of(line))
 
 
 @callback("mxt_user_data_free_fn", error=None)
 def on_free(user_data: Any) -> None:
-    lent.pop(address(user_data), None)
+    pointer = lent.pop(address(user_data), None)
+    found = None if pointer is None else ffi.from_handle(pointer)
+    found = found() if isinstance(found, weakref.ref) else None
+    if found is not None:
+        # Such as of a dataset that is closed, which is still referred to.
+        found.content = None
 
 
 def exchanged(function: Callable[..., Any], *arguments: Any) -> int:
@@ -161,14 +194,18 @@ def exchanged(function: Callable[..., Any], *arguments: Any) -> int:
 
 @callback("mxt_all_to_all_fn")
 def on_all_to_all(user_data: Any, send: Any, receive: Any, bytes_per_rank: int) -> int:
-    group = ffi.from_handle(user_data)
+    group = owned(user_data)
+    if group is None:
+        return 1
     shape = (group.size * bytes_per_rank,)
     return exchanged(group.all_to_all, view(send, np.uint8, shape), view(receive, np.uint8, shape))
 
 
 @callback("mxt_all_gather_fn")
 def on_all_gather(user_data: Any, send: Any, receive: Any, bytes_per_rank: int) -> int:
-    group = ffi.from_handle(user_data)
+    group = owned(user_data)
+    if group is None:
+        return 1
     mine = view(send, np.uint8, (bytes_per_rank,))
     return exchanged(
         group.all_gather, mine, view(receive, np.uint8, (group.size * bytes_per_rank,))
@@ -177,7 +214,9 @@ def on_all_gather(user_data: Any, send: Any, receive: Any, bytes_per_rank: int) 
 
 @callback("mxt_abort_fn", error=None)
 def on_abort(user_data: Any) -> None:
-    exchanged(ffi.from_handle(user_data).abort)
+    group = owned(user_data)
+    if group is not None:
+        exchanged(group.abort)
 
 
 def step_stats(struct: Any) -> StepStats:

@@ -78,6 +78,8 @@ class Handle:
     """
 
     _cell: _Cell
+    # What the library may call as long as this object is there.
+    _lent: tuple[Any, ...] = ()
 
     def _own(self, pointer: Any) -> None:
         """Owns `pointer` from now on."""

@@ -524,8 +524,10 @@ mxt_status mxt_batch_init(struct mxt_batch *batch,
                           size_t struct_size);
 mxt_status mxt_trainer_forward_backward(struct mxt_trainer *trainer,
                                         const struct mxt_batch *batch);
-mxt_status mxt_trainer_update(struct mxt_trainer *trainer,
-                              struct mxt_step_stats *stats);
+mxt_status mxt_trainer_forward(struct mxt_trainer *trainer,
+                               const struct mxt_batch *batch,
+                               struct mxt_eval_stats *stats);
+mxt_status mxt_trainer_update(struct mxt_trainer *trainer, struct mxt_step_stats *stats);
 mxt_status mxt_trainer_zero_gradients(struct mxt_trainer *trainer);
 mxt_status mxt_trainer_scale_gradients(struct mxt_trainer *trainer,
                                        const char *tensor,

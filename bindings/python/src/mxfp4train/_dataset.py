@@ -53,7 +53,7 @@ class Dataset(Handle):
             open_files = lib.mxt_dataset_open_files_with
             self._own(make("dataset", open_files, paths, len(strings), how))
             return
-        given, count = arrays.tokens("source", source, "")
+        given, count = arrays.tokens("source", source, arrays.HOST)
         self._own(make("dataset", lib.mxt_dataset_from_tokens, given, count))
 
     @classmethod
@@ -87,17 +87,26 @@ class Dataset(Handle):
 
         `fill(number, tokens, weights)` fills two arrays: (sequence_length + 1) tokens, uint32, of
         which each but the first is the target of the one before it, and (sequence_length) float32,
-        a factor of each target's loss, which are 1 before: 0 for what is not to be learned, as a
-        prompt or padding. The same number has to give the same window, so that a resumed run is the
-        run that was not stopped. It runs on the thread that trains, must not use that trainer, and
-        keep neither array. What it raises, the step raises, and changes nothing.
+        a factor of each target's loss, at least 0, which are 1 before: 0 for what is not to be
+        learned, as a prompt or padding. A step whose weights are all 0 has a loss of 0. The same
+        number has to give the same window, so that a resumed run is the run that was not stopped.
+        It runs on the thread that trains, and must not use that trainer. What it raises, the step
+        raises, and changes nothing.
+
+        NOTE: both arrays are the library's memory, which is used again after the call. Keep what is
+        wanted of them with `tokens.copy()`: an array that is kept itself has other numbers later,
+        without an error.
 
         Training asks for all of them once in an epoch, in an order that the engine's seed gives. Of
         such a dataset no tokens can be read.
         """
-        kept = callbacks.pointer_to(fill)
-        dataset = cls.__new__(cls)
+        if not callable(fill):
+            raise TypeError(f"fill: expected a function, got {fill!r}")
         number = whole("count", count, "uint64_t")
+        dataset = cls.__new__(cls)
+        filler = callbacks.Owned(fill)
+        dataset._lent = (filler,)
+        kept = filler.pointer()
         with callbacks.lending(kept):
             new, free = lib.mxt_dataset_from_windows, callbacks.on_free
             dataset._own(make("dataset", new, number, callbacks.on_window, kept, free))

@@ -48,20 +48,20 @@ class Decoder(Handle):
         how = options("mxt_decoder_options", given, [])
         self._vocab_size = model.config.vocab_size
         self._own(make("decoder", lib.mxt_decoder_new, model, how))
-        self._device = model._device
+        self._lent, self._place = model._lent, model._place
 
     def push(self, tokens: Any, *, sequence: int = 0) -> None:
         """Appends tokens to a text. They are computed when logits are asked for.
 
         Raises InvalidArgument (no room) and TokenRange; the text is then as before.
         """
-        pointer, count = arrays.tokens("tokens", tokens, self._device)
+        pointer, count = arrays.tokens("tokens", tokens, self._place)
         call(lib.mxt_decoder_push, self, whole("sequence", sequence), pointer, count)
 
     def logits(self, *, sequence: int = 0, out: Any = None) -> Any:
         """The logits of the token after a text, which has at least one: (vocab_size), float32."""
         found = np.empty(self._vocab_size, np.float32) if out is None else out
-        pointer, count = arrays.room("out", found, self._device)
+        pointer, count = arrays.room("out", found, self._place)
         call(lib.mxt_decoder_logits, self, whole("sequence", sequence), pointer, count)
         return found
 
@@ -70,7 +70,7 @@ class Decoder(Handle):
         (tokens, vocab_size), float32. What it takes to score a text."""
         rows = max(self._length(sequence) - whole("start", start), 0)
         found = np.empty((rows, self._vocab_size), np.float32) if out is None else out
-        pointer, count = arrays.room("out", found, self._device)
+        pointer, count = arrays.room("out", found, self._place)
         call(lib.mxt_decoder_logits_from, self, sequence, start, pointer, count)
         return found
 
@@ -79,7 +79,7 @@ class Decoder(Handle):
         once: (texts, vocab_size), float32."""
         numbers = [whole("sequences", sequence) for sequence in sequences]
         found = np.empty((len(numbers), self._vocab_size), np.float32) if out is None else out
-        pointer, count = arrays.room("out", found, self._device)
+        pointer, count = arrays.room("out", found, self._place)
         array = ffi.new("size_t[]", numbers)
         call(lib.mxt_decoder_logits_of, self, array, len(numbers), pointer, count)
         return found

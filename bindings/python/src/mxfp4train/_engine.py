@@ -8,8 +8,9 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
+from . import _arrays as arrays
 from . import _callbacks as callbacks
-from ._calls import Handle, ask, call, choice, make, options, sized, text, tuple_of
+from ._calls import Handle, ask, call, choice, make, options, sized, text, tuple_of, whole
 from ._library import ffi, lib, text_of
 from ._stats import MemoryPlan
 
@@ -38,9 +39,10 @@ class Group:
 
         Group(comm.rank, comm.size, comm.Alltoall, comm.Allgather, lambda: comm.Abort(1))
 
-    The arrays are the library's memory, and no longer to be used after the call. A function must
-    give up by itself, with an exception, where another rank is gone, and must not call the library.
-    What one throws ends the group: the call that needed it raises that, every later one PeerError.
+    The arrays are the library's memory, and no longer to be used after the call: a function that
+    sends later, or keeps some, needs `send.copy()`. It must give up by itself, with an exception,
+    where another rank is gone, and must not call the library. What one throws ends the group: the
+    call that needed it raises that, every later one PeerError.
 
     Making an engine or a trainer, and Trainer's load, save, step (in all its forms), update,
     evaluate and run are calls that all ranks make, in the same order with the same arguments, but
@@ -92,12 +94,16 @@ class Engine(Handle):
     that call raises.
 
     `cuda_stream` is the address of a stream of the host (such as
-    `torch.cuda.current_stream().cuda_stream`) on which all work is queued; it must outlive the
-    engine and everything made from it. `group` are the ranks that train together.
+    `torch.cuda.Stream().cuda_stream`) on which all work is queued; it must outlive the engine and
+    everything made from it. It is not 0, CUDA's default stream. `group` are the ranks that train
+    together.
 
     Raises InvalidArgument, Unsupported (a device that is not there, with what to install),
     OutOfMemory, DeviceError; with a group Mismatch and PeerError.
     """
+
+    _place: arrays.Place
+    _ranks: int
 
     def __init__(
         self,
@@ -110,8 +116,16 @@ class Engine(Handle):
         cuda_stream: int | None = None,
         group: Group | None = None,
     ) -> None:
-        lent: list[Any] = []
+        lent: list[callbacks.Owned] = []
+        pointers: list[Any] = []
         keep: list[Any] = []
+        stream = None if cuda_stream is None else whole("cuda_stream", cuda_stream, "uintptr_t")
+        if stream == 0:
+            # NOTE: C makes a stream of its own then, which does not wait for the default one.
+            raise ValueError(
+                "cuda_stream: expected the address of a stream, got 0, which is CUDA's default; "
+                "make another, as torch.cuda.Stream() does"
+            )
         given: dict[str, Any] = {
             "device": text("device", device),
             "threads": threads,
@@ -119,25 +133,30 @@ class Engine(Handle):
             "memory_limit": memory_limit,
         }
         if log is not None:
-            lent.append(callbacks.pointer_to(log))
+            lent.append(callbacks.Owned(log))
+            pointers.append(lent[-1].pointer())
             given["log"] = callbacks.on_log
-            given["log_user_data"] = lent[-1]
+            given["log_user_data"] = pointers[-1]
             given["log_user_data_free"] = callbacks.on_free
-        if cuda_stream is not None:
-            given["cuda_stream"] = ffi.cast("void *", cuda_stream)
+        if stream is not None:
+            given["cuda_stream"] = ffi.cast("void *", stream)
         if group is not None:
-            lent.append(callbacks.pointer_to(group))
-            given["group"] = group._struct(lent[-1])
+            lent.append(callbacks.Owned(group))
+            pointers.append(lent[-1].pointer())
+            given["group"] = group._struct(pointers[-1])
         struct = options("mxt_engine_options", given, keep)
         # The library calls these until the last object that was made from the engine is gone.
-        with callbacks.lending(*lent):
+        # Each of those has them.
+        self._lent = tuple(lent)
+        with callbacks.lending(*pointers):
             self._own(make("engine", lib.mxt_engine_new, struct))
-        self._device = text_of(ask(lib.mxt_engine_device, self, ffi.NULL))
+        self._place = arrays.Place(text_of(ask(lib.mxt_engine_device, self, ffi.NULL)), stream)
+        self._ranks = ask(lib.mxt_engine_ranks, self, 0)
 
     @property
     def device(self) -> str:
         """The name of the device: "cpu", or "cuda:0" for the first GPU."""
-        return self._device
+        return self._place.device
 
     @property
     def threads(self) -> int:

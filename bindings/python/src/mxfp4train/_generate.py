@@ -48,7 +48,7 @@ def generate_struct(
     }
     if stop_tokens is not None:
         given["stop_tokens"], given["stop_token_count"] = arrays.tokens(
-            "stop_tokens", stop_tokens, "cpu"
+            "stop_tokens", stop_tokens, arrays.HOST
         )
     if on_token is not None:
         given["on_token"] = callbacks.on_token

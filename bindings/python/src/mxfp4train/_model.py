@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any, Callable, Literal, overload
+from typing import TYPE_CHECKING, Any, Callable, Literal, overload
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from ._generate import DECODER_WEIGHTS, sampled
 from ._library import ffi, lib
 from ._stats import ModelConfig
 from ._tensors import Tensors
+
+if TYPE_CHECKING:
+    from ._trainer import Trainer
 
 # In the order of C's numbers, from 0.
 ARCHITECTURES = ("gpt2",)
@@ -64,6 +67,9 @@ class Model(Handle):
     Raises InvalidArgument, which names the field, and OutOfMemory.
     """
 
+    _place: arrays.Place
+    _ranks: int
+
     def __init__(
         self,
         engine: Engine,
@@ -96,13 +102,16 @@ class Model(Handle):
             scale_attention_by_layer=scale_attention_by_layer,
         )
         self._own(make("model", lib.mxt_model_new, engine, config))
-        self._device, self._ranks = engine._device, engine.ranks
+        self._made_from(engine)
+
+    def _made_from(self, source: Engine | Trainer) -> None:
+        self._lent, self._place, self._ranks = source._lent, source._place, source._ranks
 
     @classmethod
-    def _of(cls, pointer: Any, device: str, ranks: int) -> Model:
+    def _of(cls, pointer: Any, source: Engine | Trainer) -> Model:
         model = cls.__new__(cls)
         model._own(pointer)
-        model._device, model._ranks = device, ranks
+        model._made_from(source)
         return model
 
     @classmethod
@@ -111,8 +120,7 @@ class Model(Handle):
 
         Raises FileError, FormatError, Mismatch, NotFinite, OutOfMemory.
         """
-        pointer = make("model", lib.mxt_model_load, engine, path("folder", folder))
-        return cls._of(pointer, engine._device, engine.ranks)
+        return cls._of(make("model", lib.mxt_model_load, engine, path("folder", folder)), engine)
 
     def save(self, folder: str | os.PathLike[Any], *, weights: str = "f32") -> None:
         """Saves weights and configuration; Hugging Face transformers opens the folder as gpt2.
@@ -159,9 +167,9 @@ class Model(Handle):
 
         Of more than the context holds, the last ones count. They go to `out` where one is given.
         """
-        given, count = arrays.tokens("tokens", tokens, self._device)
+        given, count = arrays.tokens("tokens", tokens, self._place)
         logits = np.empty(self.config.vocab_size, np.float32) if out is None else out
-        pointer, room_of = arrays.room("out", logits, self._device)
+        pointer, room_of = arrays.room("out", logits, self._place)
         call(lib.mxt_model_next_logits, self, given, count, pointer, room_of)
         return logits
 
@@ -187,7 +195,7 @@ class Model(Handle):
         lengths = [len(given) for given in all_texts]
         filled = [given for given in all_texts if given.size > 0]
         joined = np.concatenate(filled) if filled else np.empty(0, np.uint32)
-        tokens, count = arrays.tokens("texts", joined, "")
+        tokens, count = arrays.tokens("texts", joined, arrays.HOST)
         found = np.empty(count, np.float32)
         states = np.empty((count, self.config.channels if hidden else 0), np.float32)
         call(
@@ -198,8 +206,8 @@ class Model(Handle):
             count,
             ffi.new("size_t[]", lengths),
             len(lengths),
-            arrays.room("found", found, "")[0],
-            arrays.room("states", states, "")[0] if hidden else ffi.NULL,
+            arrays.room("found", found, arrays.HOST)[0],
+            arrays.room("states", states, arrays.HOST)[0] if hidden else ffi.NULL,
         )
         ends = np.cumsum([0, *lengths])
         of_text = [slice(ends[i], ends[i + 1]) for i in range(len(lengths))]
@@ -242,7 +250,7 @@ class Model(Handle):
         Raises InvalidArgument, TokenRange, NotFinite, OutOfMemory, Busy.
         """
         given = {key: value for key, value in locals().items() if key in GENERATE_OPTIONS}
-        start = arrays.tokens("prompt", prompt, "")
+        start = arrays.tokens("prompt", prompt, arrays.HOST)
         return sampled(lib.mxt_model_generate, self, on_token=on_token, given=given, prompt=start)
 
     def _description(self) -> str:

@@ -25,9 +25,10 @@ class Snapshot(Handle):
         )
 
     @classmethod
-    def _of(cls, pointer: Any) -> Snapshot:
+    def _of(cls, pointer: Any, trainer: Trainer) -> Snapshot:
         snapshot = cls.__new__(cls)
         snapshot._own(pointer)
+        snapshot._lent = trainer._lent
         return snapshot
 
     def renew(self, trainer: Trainer) -> None:
@@ -36,6 +37,7 @@ class Snapshot(Handle):
         After an error it may hold nothing. Raises OutOfMemory, Busy, DeviceError.
         """
         call(lib.mxt_snapshot_renew, self, trainer)
+        self._lent = trainer._lent
 
     def save(self, folder: str | os.PathLike[Any]) -> None:
         """Saves what the trainer was, as `Trainer.save` would have done then."""

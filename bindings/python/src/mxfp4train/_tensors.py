@@ -33,7 +33,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self, source: Handle, model: Model, read: Callable[..., int], write: Callable[..., int]
     ) -> None:
         self._source = source
-        self._device: str = model._device
+        self._place = model._place
         self._read = read
         self._write = write
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -57,11 +57,11 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def read(self, name: str, out: Any) -> None:
         """Copies a tensor into `out`: a writable C-contiguous float32 array of its shape."""
-        pointer, count = arrays.room(name, out, self._device, self._shape(name))
+        pointer, count = arrays.room(name, out, self._place, self._shape(name))
         call(self._read, self._source, text("name", name), pointer, count)
 
     def __setitem__(self, name: str, values: Any) -> None:
-        pointer, count = arrays.floats(name, values, self._device, self._shape(name))
+        pointer, count = arrays.floats(name, values, self._place, self._shape(name))
         call(self._write, self._source, text("name", name), pointer, count)
 
     def _shape(self, name: str) -> tuple[int, ...]:

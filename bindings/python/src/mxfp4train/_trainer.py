@@ -116,6 +116,9 @@ class Trainer(Handle):
     Raises InvalidArgument, which names the option, OutOfMemory, Unsupported, Busy.
     """
 
+    _place: arrays.Place
+    _ranks: int
+
     def __init__(
         self,
         model: Model,
@@ -163,15 +166,14 @@ class Trainer(Handle):
             token_drop=token_drop,
             lanes=lanes,
         )
-        self._set(make("trainer", lib.mxt_trainer_new, model, how), model._device, model._ranks)
+        self._set(make("trainer", lib.mxt_trainer_new, model, how), model)
 
-    def _set(self, pointer: Any, device: str, ranks: int) -> None:
+    def _set(self, pointer: Any, source: Engine | Model) -> None:
         self._own(pointer)
-        self._device = device
-        self._ranks = ranks
+        self._lent, self._place, self._ranks = source._lent, source._place, source._ranks
         how = self.options
         self._rows = how.batch_size, how.sequence_length
-        self._step_rows = how.accumulation * how.batch_size // ranks, how.sequence_length + 1
+        self._step_rows = how.accumulation * how.batch_size // self._ranks, how.sequence_length + 1
 
     @classmethod
     def load(
@@ -191,7 +193,7 @@ class Trainer(Handle):
             mover = text("optimizer", optimizer)
             pointer = make("trainer", lib.mxt_trainer_load_as, engine, where, mover)
         trainer = cls.__new__(cls)
-        trainer._set(pointer, engine._device, engine.ranks)
+        trainer._set(pointer, engine)
         return trainer
 
     def save(self, folder: str | os.PathLike[Any]) -> None:
@@ -204,7 +206,7 @@ class Trainer(Handle):
 
     def snapshot(self) -> Snapshot:
         """A copy of what `save` would write, for another thread to save."""
-        return Snapshot._of(make("snapshot", lib.mxt_trainer_snapshot, self))
+        return Snapshot._of(make("snapshot", lib.mxt_trainer_snapshot, self), self)
 
     # Whole steps.
 
@@ -237,7 +239,7 @@ class Trainer(Handle):
         is taken as it is. Of the ranks of a group each brings its part of the rows.
         """
         try:
-            pointer, count = arrays.tokens("tokens", tokens, self._device, self._step_rows)
+            pointer, count = arrays.tokens("tokens", tokens, self._place, self._step_rows)
         except Exception:
             if self._ranks > 1:
                 # NOTE: the other ranks wait for this one: a step on no tokens fails on all of them
@@ -287,64 +289,118 @@ class Trainer(Handle):
         - `weights` are a factor of each position's loss, or a mask: 0 for what is not to be
           learned, as a prompt or padding.
         - `divisor` is what the sum of weighted losses is divided by, together with the divisors of
-          the step's other batches; by default the sum of the weights of targets that are not
-          ignored. Weights that may be below 0, as advantages are, need another one.
+          the step's other batches; not 0, and by default the sum of the weights of targets that are
+          not ignored. Weights that may be below 0, as advantages are, need another one. Divisors of
+          a step are together above 0, and from 1e-20 to 1e20 for a position.
         - `losses` is a float32 array that gets the loss of each position, without its weight; 0
           where the target is ignored.
         - `loss(logits, first_row)` replaces cross-entropy. It gets the logits of some positions as
           a float32 array (rows, vocab_size) and the number of the first, counted through the batch,
           row by row; all come once, in order. It overwrites each row with the gradient of its loss
           in its logits, and returns the losses, (rows). `weights` and `divisor` are in neither: the
-          library multiplies. `targets` may be None then. The array is the library's memory, and no
-          longer to be used after the call. What it raises is raised here, and no batch waits any
-          more.
+          library multiplies, and what it makes of rows that are ignored does not count. `targets`
+          may be None then. What it raises is raised here, and no batch waits any more.
 
-        With softmax cross-entropy by hand:
+          NOTE: the array is the library's memory, which is used again after the call: `kept =
+          logits` would be of other rows, without an error. Keep `logits.copy()`.
+
+        With softmax cross-entropy by hand, where targets below 0 are ignored:
 
             def loss(logits, first_row):
-                wanted = targets.reshape(-1)[first_row:][: len(logits)]
                 rows = numpy.arange(len(logits))
+                wanted = targets.reshape(-1)[first_row:][: len(logits)]
+                wanted = numpy.where(wanted < 0, 0, wanted)  # any token will do
                 logits -= logits.max(axis=1, keepdims=True)
+                losses = -logits[rows, wanted]
                 numpy.exp(logits, out=logits)
-                logits /= logits.sum(axis=1, keepdims=True)
-                losses = -numpy.log(logits[rows, wanted])
+                total = logits.sum(axis=1, keepdims=True)
+                losses += numpy.log(total[:, 0])
+                logits /= total
                 logits[rows, wanted] -= 1
                 return losses
 
-        Raises InvalidArgument, TokenRange, NotFinite, Busy: the batches before still wait then.
-        While batches wait, `step` and `run` are errors; evaluating and saving go on.
+        Raises InvalidArgument (among others where gradients have been written or scaled since the
+        last `update` or `zero_gradients`), TokenRange, NotFinite, Busy: the batches before still
+        wait then. While batches wait, `step` and `run` are errors; evaluating and saving go on.
         """
+        keep: list[Any] = []
+        batch = self._batch(keep, tokens, targets, weights, divisor, loss, losses)
+        call(lib.mxt_trainer_forward_backward, self, batch)
+
+    def forward(
+        self,
+        tokens: Any,
+        targets: Any = None,
+        weights: Any = None,
+        divisor: float | None = None,
+        loss: Loss | None = None,
+        losses: Any = None,
+    ) -> EvalStats:
+        """The loss of a batch, which is that of `forward_backward`, without gradients.
+
+        It is the sum of weighted losses over the divisor, and the tokens are the targets whose
+        weight is not 0. It changes nothing of the run: batches wait as before. What `loss` writes
+        into logits is dropped. A loss that is not finite is a result and no error.
+
+        Raises InvalidArgument (among others where every target is ignored), TokenRange, NotFinite
+        (a weight), Busy.
+        """
+        keep: list[Any] = []
+        batch = self._batch(keep, tokens, targets, weights, divisor, loss, losses)
+        stats = sized("mxt_eval_stats")
+        call(lib.mxt_trainer_forward, self, batch, stats)
+        return tuple_of(EvalStats, stats)
+
+    def _batch(
+        self,
+        keep: list[Any],
+        tokens: Any,
+        targets: Any,
+        weights: Any,
+        divisor: float | None,
+        loss: Loss | None,
+        losses: Any,
+    ) -> Any:
+        """C's struct of a batch, for which `keep` is kept."""
+        if divisor is not None and number("divisor", divisor) == 0:
+            # NOTE: which in C is the default.
+            raise ValueError(
+                "divisor: expected another number than 0, got 0; None is the sum of the weights"
+            )
         given: dict[str, Any] = {"divisor": divisor}
-        given["tokens"], given["count"] = arrays.tokens("tokens", tokens, self._device, self._rows)
+        given["tokens"], given["count"] = arrays.tokens("tokens", tokens, self._place, self._rows)
         if targets is not None:
             given["targets"], _ = arrays.tokens(
-                "targets", targets, self._device, self._rows, ignored=True
+                "targets", targets, self._place, self._rows, ignored=True
             )
         if weights is not None:
-            given["weights"], _ = arrays.floats("weights", weights, self._device, self._rows)
+            given["weights"], _ = arrays.floats("weights", weights, self._place, self._rows)
         if losses is not None:
-            given["losses"], _ = arrays.room("losses", losses, self._device, self._rows)
+            given["losses"], _ = arrays.room("losses", losses, self._place, self._rows)
         if loss is not None:
             given["loss"], given["user_data"] = callbacks.on_loss, callbacks.pointer_to(loss)
-        keep: list[Any] = []
-        call(lib.mxt_trainer_forward_backward, self, options("mxt_batch", given, keep))
+        return options("mxt_batch", given, keep)
 
     def update(self) -> StepStats:
         """One optimizer step by the gradients of all batches since the last one.
 
         Raises InvalidArgument (no batch waits, or all targets are ignored) and NotFinite: weights
-        and moments are then as before, and no batch waits any more.
+        and moments are then as before, and no batch waits any more, but for those of a trainer with
+        lanes or of ranks, where there are too few.
         """
         stats = sized("mxt_step_stats")
         call(lib.mxt_trainer_update, self, stats)
         return step_stats(stats)
 
     def zero_gradients(self) -> None:
-        """Drops the gradients that wait for an update."""
+        """Drops the gradients that wait for an update; there are none to read then."""
         call(lib.mxt_trainer_zero_gradients, self)
 
     def scale_gradients(self, factor: float, *, tensor: str | None = None) -> None:
-        """Multiplies the gradients that wait for an update, or that of one tensor."""
+        """Multiplies the gradients that wait for an update, or that of one tensor.
+
+        `forward_backward` can add no batch to them then.
+        """
         name = text("tensor", tensor)
         call(
             lib.mxt_trainer_scale_gradients,
@@ -356,10 +412,12 @@ class Trainer(Handle):
     @property
     def gradients(self) -> Tensors:
         """The gradients by name, as `Model.tensors` has the weights: of the last step, before
-        clipping, or, where batches wait for an update, of their loss so far.
+        clipping, or, where batches wait for an update, of their loss so far. To read them is
+        InvalidArgument after `zero_gradients` or an `update` that failed, until there are others.
 
-        What is assigned overwrites the gradient that waits. Where none waits, those of all other
-        tensors are 0, so a program may bring all gradients itself.
+        What is assigned overwrites the gradient that waits, and `forward_backward` can add no batch
+        to it then. Where none waits, those of all other tensors are 0, so a program may bring all
+        gradients itself.
         """
         with self.model as model:
             return Tensors(
@@ -442,8 +500,7 @@ class Trainer(Handle):
     @property
     def model(self) -> Model:
         """The trainer's model, another handle on it: the next step changes what it reads."""
-        pointer = make("model", lib.mxt_trainer_model, self)
-        return Model._of(pointer, self._device, self._ranks)
+        return Model._of(make("model", lib.mxt_trainer_model, self), self)
 
     @property
     def options(self) -> TrainerOptions:
