@@ -50,6 +50,34 @@ fn the_example_trains() {
     assert!(dir.path().join("out/model.safetensors").exists(), "nothing was saved");
 }
 
+/// Both models learn, as near to each other as the paper says, and pictures are drawn.
+#[test]
+fn the_example_with_pictures() {
+    let Some(python) = python() else { return };
+    let has_plots = Command::new(&python).args(["-c", "import matplotlib"]).output();
+    if !has_tool("matplotlib", has_plots.is_ok_and(|output| output.status.success())) {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let mut command = Command::new(python);
+    command.arg(root().join("examples/python/answers.py")).arg("answers.png");
+    command.env("MXFP4TRAIN_LIBRARY", library("so")).current_dir(dir.path());
+    command.env("PYTHONPATH", root().join("bindings/python/src"));
+    command.env("PYTHONDONTWRITEBYTECODE", "1").env("MPLCONFIGDIR", dir.path());
+    let output = finish_within(Duration::from_secs(300), &mut command);
+    let (text, errors) = (output.stdout, String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\n{errors}", output.status);
+    let text = String::from_utf8_lossy(&text);
+    let last = |recipe: &str| -> f32 {
+        let line = text.lines().find(|line| line.starts_with(recipe)).expect("a recipe");
+        line.rsplit(' ').next().and_then(|loss| loss.parse().ok()).expect("a loss")
+    };
+    let [bf16, mxfp4] = ["bf16:", "mxfp4-rht-sr:"].map(last);
+    assert!(bf16 < 0.5 && mxfp4 < 0.5, "{text}");
+    let picture = fs::read(dir.path().join("answers.png")).expect("a picture");
+    assert!(picture.starts_with(b"\x89PNG") && picture.len() > 10_000);
+}
+
 /// A Python with the packages that the tests need: the system's, or one in the target folder.
 fn python() -> Option<PathBuf> {
     let works = |python: &PathBuf| {

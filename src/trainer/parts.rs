@@ -393,7 +393,8 @@ impl Trainer {
         self.check_is_one_sum()?;
         let factor = self.read_factor()?;
         let is_new = self.pending.is_none();
-        let Self { run, pending, .. } = self;
+        let Self { run, pending, dropped, .. } = self;
+        *dropped |= is_new;
         on_device!(run, run => {
             if is_new {
                 run.clear_gradients()?;
