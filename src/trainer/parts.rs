@@ -44,6 +44,23 @@ pub struct Batch<'a> {
     pub loss: Option<&'a mut HostLoss<'a>>,
 }
 
+impl Batch<'_> {
+    /// Gives `work` what copies its numbers, and its loss.
+    fn read<R>(self, work: impl FnOnce(&Given<'_>, Option<&mut HostLoss<'_>>) -> R) -> R {
+        let Self { tokens, targets, weights, divisor, loss } = self;
+        let copy_tokens = |to: &mut [u32]| to.copy_from_slice(tokens);
+        let copy_targets = |to: &mut [u32]| to.copy_from_slice(targets);
+        let copy_weights = |to: &mut [f32]| to.copy_from_slice(weights.unwrap_or_default());
+        let given = Given {
+            tokens: &copy_tokens,
+            targets: (!targets.is_empty()).then_some(&copy_targets),
+            weights: weights.is_some().then_some(&copy_weights),
+            divisor,
+        };
+        work(&given, loss.map(|loss| loss as _))
+    }
+}
+
 impl fmt::Debug for Batch<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Batch").field("tokens", &self.tokens.len()).finish_non_exhaustive()
@@ -93,18 +110,8 @@ impl Trainer {
     /// where gradients were written or scaled; [`Error::TokenRange`]; [`Error::NotFinite`] for a weight. The batches before still wait then. After any other error,
     /// that of the host's loss included, none of them does.
     pub fn forward_backward(&mut self, batch: Batch<'_>, losses: Option<&mut [f32]>) -> Result<()> {
-        let (tokens, targets, weights) = (batch.tokens, batch.targets, batch.weights);
         self.check_lengths(&batch)?;
-        let copy_tokens = |to: &mut [u32]| to.copy_from_slice(tokens);
-        let copy_targets = |to: &mut [u32]| to.copy_from_slice(targets);
-        let copy_weights = |to: &mut [f32]| to.copy_from_slice(weights.unwrap_or_default());
-        let given = Given {
-            tokens: &copy_tokens,
-            targets: (!targets.is_empty()).then_some(&copy_targets),
-            weights: weights.is_some().then_some(&copy_weights),
-            divisor: batch.divisor,
-        };
-        self.forward_backward_given(&given, batch.loss, losses)
+        batch.read(|given, loss| self.forward_backward_given(given, loss, losses))
     }
 
     fn check_lengths(&self, batch: &Batch<'_>) -> Result<()> {
@@ -128,18 +135,8 @@ impl Trainer {
     /// As [`Trainer::forward_backward`], which a recipe or an optimizer may stop besides;
     /// [`Error::InvalidArgument`] where the divisor is not above 0.
     pub fn forward(&mut self, batch: Batch<'_>, losses: Option<&mut [f32]>) -> Result<EvalStats> {
-        let (tokens, targets, weights) = (batch.tokens, batch.targets, batch.weights);
         self.check_lengths(&batch)?;
-        let copy_tokens = |to: &mut [u32]| to.copy_from_slice(tokens);
-        let copy_targets = |to: &mut [u32]| to.copy_from_slice(targets);
-        let copy_weights = |to: &mut [f32]| to.copy_from_slice(weights.unwrap_or_default());
-        let given = Given {
-            tokens: &copy_tokens,
-            targets: (!targets.is_empty()).then_some(&copy_targets),
-            weights: weights.is_some().then_some(&copy_weights),
-            divisor: batch.divisor,
-        };
-        self.forward_given(&given, batch.loss, losses)
+        batch.read(|given, loss| self.forward_given(given, loss, losses))
     }
 
     /// [`Trainer::forward`] of what is read by functions.
