@@ -4,6 +4,9 @@ using MXFP4Train: Lib, load, save
 using Serialization: serialize
 using Test
 
+# Whether all is tested, or what calls back alone, which another level of the optimizer may break.
+const IS_WHOLE = get(ENV, "MXFP4TRAIN_TESTS", "all") == "all"
+
 const SMALL = (vocab_size = 32, context_length = 16, layers = 1, heads = 2, channels = 16)
 
 new_engine(; options...) = Engine(; threads = 1, options...)
@@ -42,13 +45,13 @@ end
 
 (recorder::Recorder)(step, _) = push!(recorder.steps, step.step)
 
-@testset "library" begin
+IS_WHOLE && @testset "library" begin
     @test MXFP4Train.version() isa VersionNumber
     @test startswith(MXFP4Train.build_info(), "{")
     @test Lib.mxt_abi_version() == Lib.MXT_ABI_VERSION
 end
 
-@testset "errors" begin
+IS_WHOLE && @testset "errors" begin
     error = thrown(() -> Engine(device = "abacus"))
     @test error isa MXFP4Error && error.status == Lib.MXT_ERROR_INVALID_ARGUMENT
     @test occursin("abacus", error.message)
@@ -103,12 +106,12 @@ end
     @test isopen(new_engine(cuda_stream = C_NULL))
 end
 
-@testset "names" begin
+IS_WHOLE && @testset "names" begin
     # Too many packages export these.
     @test isempty(intersect(names(MXFP4Train), (:load, :save, :rank, :ranks)))
 end
 
-@testset "lifetimes" begin
+IS_WHOLE && @testset "lifetimes" begin
     dataset = new_dataset()
     trainer = new_trainer()
     # Engine and model have no name any more.
@@ -183,7 +186,7 @@ end
     @test steps_done(other) == 0
 end
 
-@testset "closed by one thread, used by another" begin
+IS_WHOLE && @testset "closed by one thread, used by another" begin
     bytes = UInt16[i % 29 for i in 1:4000]
     mktempdir() do folder
         path = joinpath(folder, "tokens.bin")
@@ -200,7 +203,7 @@ end
     end
 end
 
-@testset "model and tensors" begin
+IS_WHOLE && @testset "model and tensors" begin
     model = new_model()
     @test config(model).channels == 16 && config(model).layers == 1
     @test config(model).tied_head && config(model).activation === :gelu_tanh
@@ -250,7 +253,7 @@ end
     end
 end
 
-@testset "dataset" begin
+IS_WHOLE && @testset "dataset" begin
     tokens = [(i * i + i ÷ 7) % 29 for i in 0:3999]
     dataset = new_dataset()
     @test length(dataset) == 4000 && max_token(dataset) == 28
@@ -291,7 +294,7 @@ end
     return finalizer(_ -> push!(events, :dataset), dataset)
 end
 
-@testset "tokens that are not copied" begin
+IS_WHOLE && @testset "tokens that are not copied" begin
     tokens = new_dataset()[:]
     copied = new_trainer()
     expected = [stats.loss for stats in steps(copied, new_dataset(), 3)]
@@ -337,7 +340,7 @@ end
     @test status_of(() -> step!(copied, wide)) == Lib.MXT_ERROR_TOKEN_RANGE
 end
 
-@testset "steps, save and load" begin
+IS_WHOLE && @testset "steps, save and load" begin
     dataset = new_dataset()
     trainer = new_trainer()
     losses = [stats.loss for stats in steps(trainer, dataset, 30)]
@@ -773,7 +776,7 @@ end
     @test events == [:tokens]
 end
 
-@testset "gradients" begin
+IS_WHOLE && @testset "gradients" begin
     dataset, rows, trainer = new_dataset(), windows(2), new_trainer()
     weights = tensors(Model(trainer))
     found = gradients(trainer)
@@ -874,7 +877,7 @@ end
     @test status_of(() -> found[WTE]) == Lib.MXT_ERROR_NULL
 end
 
-@testset "updates and weights are watched" begin
+IS_WHOLE && @testset "updates and weights are watched" begin
     dataset = new_dataset()
     trainer = new_trainer()
     names = keys(tensors(Model(trainer)))
@@ -1019,7 +1022,7 @@ end
     @test result.steps == 1 && !isopen(trainer)
 end
 
-@testset "score" begin
+IS_WHOLE && @testset "score" begin
     model = new_model()
     texts = [[1, 2, 3, 4], Int[], [5], [1, 2]]
     scores, hidden = score(model, texts; hidden = true)
@@ -1076,7 +1079,7 @@ end
     @test status_of(() -> generate(model, Int[])) == Lib.MXT_ERROR_INVALID_ARGUMENT
 end
 
-@testset "decoder" begin
+IS_WHOLE && @testset "decoder" begin
     model = new_model()
     decoder = Decoder(model; sequences = 2)
     @test append!(decoder, [1, 2]) === decoder
