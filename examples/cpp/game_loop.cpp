@@ -1,6 +1,7 @@
 // Trains between the frames of a game: whatever a frame leaves of its time goes to batches, as many
-// as fit, and a step is made of every eight. No thread is started for it, and a frame comes late only
-// where the machine is busy with something else.
+// as fit, and a step is made of every eight. No thread is started for it, and a frame comes late
+// only where the machine is busy with something else.
+//
 //   cargo build --release
 //   c++ -std=c++17 -Iinclude -Ibindings/cpp examples/cpp/game_loop.cpp -o game_loop
 //       -Ltarget/release -lmxfp4train        (one command in two lines)
