@@ -784,6 +784,12 @@ typedef struct mxt_trainer_options {
   // on on any of these. 0 (default) takes as many as there are ranks. A rank with 2^k lanes keeps k
   // more copies of the gradients.
   size_t lanes;
+  // The tensors that training leaves as they are, by patterns of their names with commas between
+  // them: "transformer.wte.*,*.ln_*". '*' stands for any text, '?' for one character, "[ab]" for
+  // one of some. They have no gradient and no state of the optimizer; a frozen matrix spares a
+  // third of its products. A pattern that fits no name is an error. NULL (default) freezes
+  // nothing. Borrowed for the call.
+  const char *frozen;
 } mxt_trainer_options;
 
 // What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that

@@ -62,7 +62,7 @@ __global__ void sum_losses(double *sum, const float *losses, const float *weight
 
 // sums[1] = the sum of the partials, in one order; sums[2] = *clamped, which starts again from 0.
 // Makes the largest magnitudes of `count` parameters from `first` on ready for the update, if there
-// will be one. sums: losses, squares, clamped blocks. Grid: 1; block: 1024.
+// will be one; those without elements are not trained and keep theirs. sums: losses, squares, clamped blocks. Grid: 1; block: 1024.
 __global__ void sum_squares(double *sums, u32 *clamped, const double *partials, u64 parts,
                             const Entry *table, u32 first, u32 count, Step s) {
   begin();
@@ -79,7 +79,8 @@ __global__ void sum_squares(double *sums, u32 *clamped, const double *partials, 
   __syncthreads();
   float norm;
   if (is_allowed(sums, s, norm))
-    for (u32 i = threadIdx.x; i < count; i += blockDim.x) *table[first + i].amax = 0;
+    for (u32 i = threadIdx.x; i < count; i += blockDim.x)
+      if (table[first + i].len > 0) *table[first + i].amax = 0;
 }
 
 // partials (pieces) = sums over a piece of g^2 / max(u, epsilon^2), u the corrected second moment

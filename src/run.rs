@@ -4,7 +4,7 @@
 use crate::backend::Precision;
 use crate::comm::Share;
 use crate::formats::{GemmId, LinearRecipe, Restoration};
-use crate::gpt::{ModelConfig, Recompute, TokenDrop};
+use crate::gpt::{Frozen, ModelConfig, Recompute, TokenDrop};
 use crate::optim::{Gradients, Master, Optimizer, Schedule};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
@@ -35,6 +35,8 @@ pub struct TrainerOptions {
     /// How many tokens of a sequence the blocks between the first and the last see in training, at
     /// each step of the schedule; None lets them see all. Evaluations always do.
     pub token_drop: Option<TokenDrop>,
+    /// The tensors that stay as they are; none by default.
+    pub frozen: Frozen,
 }
 
 /// What is due after which steps of a run, counted from step 0; 0 is never. A loop over steps, ours
@@ -153,6 +155,7 @@ impl TrainerOptions {
             let why = "ramping updates those less often whose codes oscillate";
             options.recipe.check_codes(config.layers, why)?;
         }
+        options.check_frozen()?;
         if options.recipe.excepts_steps() && options.schedule.total_steps == 0 {
             let message = "bf16-last-steps is a part of a schedule's steps, whose number \
                            (total_steps) is not set; set it, or bf16-last-steps=0";
@@ -197,6 +200,23 @@ impl TrainerOptions {
         Err(Error::invalid("optimizer", message))
     }
 
+    /// An error where something moves weights that are to stay.
+    fn check_frozen(&self) -> Result<()> {
+        let message = if self.frozen.is_empty() {
+            return Ok(());
+        } else if self.optimizer.ramping > 0 {
+            format!(
+                "{} undoes the steps that it tries in all tensors; take ramping out",
+                self.optimizer
+            )
+        } else if self.recipe.reset().is_some() {
+            format!("the recipe {} resets weights of all blocks; take reset out", self.recipe)
+        } else {
+            return Ok(());
+        };
+        Err(Error::invalid("frozen", message))
+    }
+
     /// An error where something needs gradients in f32 that are kept in bf16.
     fn check_gradients(&self) -> Result<()> {
         let Self { recipe, accumulation, .. } = self;
@@ -239,6 +259,7 @@ impl Default for TrainerOptions {
             optimizer: Optimizer::default(),
             schedule: Schedule::default(),
             token_drop: None,
+            frozen: Frozen::default(),
         }
     }
 }

@@ -510,7 +510,7 @@ impl Layer {
         gelu: bool,
     ) {
         let Self { shape, dy, pre, x, w, dx, dw, db, .. } = self;
-        let [dw, db] = [dw, db].map(gradient);
+        let [dw, db] = [dw, db].map(|sums| Some(gradient(sums)));
         let w = w.param(alone(shape.outputs * shape.inputs));
         let dy = if gelu {
             OutputGradient::BehindGelu { d: dy, y: pre, form: Activation::GeluTanh }

@@ -13,10 +13,10 @@ pub struct EmbeddingShape {
 
 /// Where gradients of embeddings go.
 pub struct EmbeddingGradients<'a, B: Memory> {
-    /// (V, C), added to.
-    pub dwte: B::Gradient<'a>,
-    /// (context, C), overwritten, or with `accumulate` added to; 0 in rows beyond T.
-    pub dwpe: B::Gradient<'a>,
+    /// (V, C), added to; None where wte is not trained.
+    pub dwte: Option<B::Gradient<'a>>,
+    /// (context, C), overwritten, or with `accumulate` added to; 0 in rows beyond T. None the same.
+    pub dwpe: Option<B::Gradient<'a>>,
     /// Whether what dwpe held counts.
     pub accumulate: bool,
 }

@@ -17,7 +17,8 @@ pub struct FlatGradients<B: Memory> {
 }
 
 impl<B: Memory> FlatGradients<B> {
-    /// Of parameters whose gradients are kept in `kept`, where the device has anything but f32.
+    /// Of parameters whose gradients are kept in `kept`, where the device has anything but f32. Those
+    /// without elements are not trained ([`Slot::untrained`]).
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
@@ -41,13 +42,15 @@ impl<B: Memory> FlatGradients<B> {
         Ok(Self { bytes: backend.bytes(arena, end), len: end, places })
     }
 
-    /// Those of several parameters, no two of them the same.
+    /// Those of several parameters, no two of them the same; None of one that is not trained.
     pub(crate) fn of<const N: usize>(
         &mut self,
         backend: &B,
         slots: [Slot; N],
-    ) -> [B::Gradient<'_>; N] {
-        backend.gradients(&mut self.bytes, slots.map(|slot| self.places[slot.index]))
+    ) -> [Option<B::Gradient<'_>>; N] {
+        let places = slots.map(|slot| self.places[slot.index]);
+        let mut gradients = backend.gradients(&mut self.bytes, places).into_iter();
+        places.map(|place| gradients.next().filter(|_| place.len > 0))
     }
 
     /// Where those of a parameter begin.

@@ -63,8 +63,8 @@ pub type HostLoss<'a> = dyn FnMut(LogitRows<'_>) -> Result<()> + 'a;
 pub struct ClassifierGradient<'a, B: Memory> {
     /// (rows, C), overwritten.
     pub dx: &'a mut B::Tensor,
-    /// (V, C), overwritten, or with `accumulate` added to.
-    pub dw: B::Gradient<'a>,
+    /// (V, C), overwritten, or with `accumulate` added to; None where w is not trained.
+    pub dw: Option<B::Gradient<'a>>,
     /// (rows): a factor of each loss, where they have any.
     pub weights: Option<&'a B::F32>,
     /// Factor of all losses.

@@ -74,10 +74,11 @@ pub enum OutputGradient<'a, B: Memory> {
 pub struct LinearBackward<'a, B: Linear> {
     /// (rows, inputs) = dy W, overwritten.
     pub dx: &'a mut B::Tensor,
-    /// (outputs, inputs) = dy^T x, overwritten, or with `accumulate` added to.
-    pub dw: B::Gradient<'a>,
+    /// (outputs, inputs) = dy^T x, overwritten, or with `accumulate` added to; None where W is not
+    /// trained, which spares the product.
+    pub dw: Option<B::Gradient<'a>>,
     /// (outputs) = the column sums of dy, the same.
-    pub db: B::Gradient<'a>,
+    pub db: Option<B::Gradient<'a>>,
     /// dy (rows, outputs)
     pub dy: OutputGradient<'a, B>,
     /// (rows, inputs); not read where `turned` has what is needed of it.

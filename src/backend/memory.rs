@@ -33,6 +33,11 @@ impl Slot {
         self.start..self.start + self.len
     }
 
+    /// The same of a parameter that training leaves as it is: nothing of it has a gradient or a state.
+    pub(crate) fn untrained(self) -> Self {
+        Self { len: 0, ..self }
+    }
+
     /// Rows and columns.
     pub(crate) fn shape(self) -> [usize; 2] {
         [self.rows, self.len / self.rows]

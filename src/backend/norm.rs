@@ -55,10 +55,10 @@ pub struct ResidualSum<'a, B: Memory> {
 pub struct NormBackward<'a, B: Memory> {
     /// (rows, C), added to.
     pub dx: &'a mut B::Tensor,
-    /// (C), overwritten, or with `accumulate` added to.
-    pub dw: B::Gradient<'a>,
+    /// (C), overwritten, or with `accumulate` added to; None where w is not trained.
+    pub dw: Option<B::Gradient<'a>>,
     /// The same.
-    pub db: B::Gradient<'a>,
+    pub db: Option<B::Gradient<'a>>,
     /// (rows, C)
     pub dy: &'a B::Tensor,
     /// (rows, C)

@@ -37,6 +37,7 @@ pub struct mxt_trainer {
     recipe: CString,
     optimizer: CString,
     token_drop: Option<CString>,
+    frozen: Option<CString>,
 }
 
 impl mxt_trainer {
@@ -56,6 +57,8 @@ impl mxt_trainer {
         let recipe = c_string("recipe", options.recipe.to_string())?;
         let optimizer = c_string("optimizer", options.optimizer.to_string())?;
         let token_drop = options.token_drop.map(|drop| c_string("token_drop", drop.to_string()));
+        let frozen = Some(&options.frozen).filter(|frozen| !frozen.is_empty());
+        let frozen = frozen.map(|frozen| c_string("frozen", frozen.to_string()));
         let handle = Self {
             state: State::sharing(model.state().access()),
             stop: trainer.stop_handle(),
@@ -67,6 +70,7 @@ impl mxt_trainer {
             recipe,
             optimizer,
             token_drop: token_drop.transpose()?,
+            frozen: frozen.transpose()?,
         };
         Ok(handle.into_raw())
     }
@@ -487,6 +491,7 @@ pub unsafe extern "C" fn mxt_trainer_get_options(
                 recipe: Some(&trainer.recipe),
                 optimizer: Some(&trainer.optimizer),
                 token_drop: trainer.token_drop.as_deref(),
+                frozen: trainer.frozen.as_deref(),
             };
             out.put(mxt_trainer_options::new(&options, texts));
             Ok(())

@@ -114,6 +114,12 @@ pub struct mxt_trainer_options {
     /// on on any of these. 0 (default) takes as many as there are ranks. A rank with 2^k lanes keeps k
     /// more copies of the gradients.
     pub lanes: usize,
+    /// The tensors that training leaves as they are, by patterns of their names with commas between
+    /// them: "transformer.wte.*,*.ln_*". '*' stands for any text, '?' for one character, "[ab]" for
+    /// one of some. They have no gradient and no state of the optimizer; a frozen matrix spares a
+    /// third of its products. A pattern that fits no name is an error. NULL (default) freezes
+    /// nothing. Borrowed for the call.
+    pub frozen: *const c_char,
 }
 versioned!(
     mxt_trainer_options,
@@ -121,7 +127,8 @@ versioned!(
     then recompute: *const c_char,
     then optimizer: *const c_char,
     then token_drop: *const c_char,
-    then lanes: usize
+    then lanes: usize,
+    then frozen: *const c_char
 );
 
 impl Options for mxt_trainer_options {
@@ -171,6 +178,7 @@ impl mxt_trainer_options {
             optimizer: pointer(texts.optimizer),
             token_drop: pointer(texts.token_drop),
             lanes,
+            frozen: pointer(texts.frozen),
         }
     }
 
@@ -200,15 +208,16 @@ impl mxt_trainer_options {
     /// The crate's form.
     ///
     /// # Safety
-    /// `recipe`, `recompute`, `optimizer` and `token_drop` are NULL or end with a zero byte.
+    /// `recipe`, `recompute`, `optimizer`, `token_drop` and `frozen` are NULL or end with a zero byte.
     pub(super) unsafe fn parse(self) -> Result<TrainerOptions, Failure> {
         // SAFETY: as promised by the caller.
-        let (recipe, recompute, optimizer, token_drop) = unsafe {
+        let (recipe, recompute, optimizer, token_drop, frozen) = unsafe {
             (
                 parsed("recipe", self.recipe)?.unwrap_or_default(),
                 parsed("recompute", self.recompute)?.unwrap_or_default(),
                 parsed("optimizer", self.optimizer)?.unwrap_or_default(),
                 parsed("token_drop", self.token_drop)?,
+                parsed("frozen", self.frozen)?.unwrap_or_default(),
             )
         };
         Ok(TrainerOptions {
@@ -228,6 +237,7 @@ impl mxt_trainer_options {
             },
             schedule: self.schedule()?,
             token_drop,
+            frozen,
         })
     }
 }
@@ -253,6 +263,7 @@ pub(super) struct Texts<'a> {
     pub(super) recipe: Option<&'a CStr>,
     pub(super) optimizer: Option<&'a CStr>,
     pub(super) token_drop: Option<&'a CStr>,
+    pub(super) frozen: Option<&'a CStr>,
 }
 
 /// What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that

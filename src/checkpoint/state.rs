@@ -138,6 +138,9 @@ struct Document {
     /// Not written where nothing is dropped, as files of earlier versions have it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     token_drop: Option<String>,
+    /// Not written where nothing is, as files of earlier versions have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    frozen: Option<String>,
     files: Sisters,
     #[serde(skip_serializing_if = "Option::is_none")]
     crc32: Option<String>,
@@ -181,6 +184,7 @@ impl Document {
             optimizer,
             schedule,
             token_drop,
+            frozen,
         } = options;
         // The first seven are what its name has.
         let &Optimizer {
@@ -223,6 +227,7 @@ impl Document {
                 decay_steps,
             },
             token_drop: token_drop.map(|drop| drop.to_string()),
+            frozen: (!frozen.is_empty()).then(|| frozen.to_string()),
             files,
             crc32: None,
         }
@@ -250,6 +255,7 @@ impl Document {
                 decay_steps,
             },
             token_drop: self.token_drop.as_deref().map(str::parse).transpose()?,
+            frozen: self.frozen.as_deref().map(str::parse).transpose()?.unwrap_or_default(),
         };
         let Self { seed, step, schedule_start, lr_override, files, .. } = self;
         Ok((TrainerState { options, seed, step, schedule_start, lr_override }, files))

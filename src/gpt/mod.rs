@@ -9,6 +9,7 @@
 mod activations;
 mod config;
 mod decode;
+mod frozen;
 mod init;
 mod params;
 mod pass;
@@ -20,6 +21,7 @@ mod token_drop;
 pub(crate) use activations::{ActivationGradients, Activations, ForBackward};
 pub use config::{Activation, ModelConfig};
 pub(crate) use decode::{Kept, Packed};
+pub use frozen::Frozen;
 pub(crate) use init::initialize;
 pub use params::TensorInfo;
 pub(crate) use params::{HEAD, Matrix, ParamSpec, ParamTable, WTE};

@@ -395,8 +395,10 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) {
         let (backend, table, accumulate) = (self.backend, self.table, self.plan.accumulate);
         // Only a head that shares them has overwritten the last step's gradients.
-        if table.has_own_head() && !accumulate {
-            let [dwte] = grads.of(backend, [table.wte]);
+        if table.has_own_head()
+            && !accumulate
+            && let [Some(dwte)] = grads.of(backend, [table.wte])
+        {
             backend.zero_gradient(dwte);
         }
         let [dwte, dwpe] = grads.of(backend, [table.wte, table.wpe]);

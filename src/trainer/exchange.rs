@@ -59,13 +59,13 @@ impl<B: Backend> Exchange<B> {
     pub(super) fn new(
         backend: &B,
         arena: &mut B::Arena,
-        (table, gradients, owners): (&ParamTable, &FlatGradients<B>, Owners),
+        ((table, slots), gradients, owners): ((&ParamTable, &[Slot]), &FlatGradients<B>, Owners),
         share: Share,
         ranks: Option<&Ranks>,
         allocates: bool,
     ) -> Result<(Self, Vec<Range<usize>>)> {
         const WHAT: &str = "gradients that ranks exchange";
-        let (slots, mut parts) = (table.slots(), owners.in_parts(table.slots())?);
+        let mut parts = owners.in_parts(slots)?;
         let wire = ranks.map_or(Wire::F32, |ranks| ranks.wire);
         let buckets = match ranks {
             Some(_) => {
@@ -84,7 +84,7 @@ impl<B: Backend> Exchange<B> {
         let staged = ranks.filter(|_| allocates && buckets.is_none());
         let bucket = staged.map_or(0, |ranks| bucket(elements, ranks.size()));
         // A tensor of this rank, and one of each.
-        let [mine, all] = staged.map_or([0; 2], |ranks| most_at_once(table, &owners, ranks));
+        let [mine, all] = staged.map_or([0; 2], |ranks| most_at_once(slots, &owners, ranks));
         let exchange = Self {
             share,
             kept,
@@ -188,14 +188,17 @@ impl<B: Backend> Exchange<B> {
         }
         let started = Instant::now();
         let (all, mine) = (0..ranks.size(), ranks.rank());
-        for round in 0.. {
-            let of = |rank: usize| slots[self.owners.of(rank)].get(round);
+        for round in 0..self.owners.most() {
+            let of = |rank: usize| {
+                let slot = slots[self.owners.of(rank)].get(round);
+                slot.filter(|slot| slot.len > 0)
+            };
             let len = |rank: usize| of(rank).map_or(0, |slot| slot.len);
             // Where those of a rank come, behind all before.
             let place = |rank: usize| (0..rank).map(len).sum::<usize>();
             let longest = all.clone().map(len).max().unwrap_or(0);
             if longest == 0 {
-                break;
+                continue;
             }
             let own = &mut self.mine[..len(mine)];
             if let Some(slot) = of(mine) {
@@ -424,11 +427,11 @@ fn bucket(elements: usize, ranks: usize) -> usize {
 }
 
 /// Elements of the longest tensor that this rank owns, and of those that all ranks give around at once.
-fn most_at_once(table: &ParamTable, owners: &Owners, ranks: &Ranks) -> [usize; 2] {
+fn most_at_once(slots: &[Slot], owners: &Owners, ranks: &Ranks) -> [usize; 2] {
     if !owners.is_shared() {
         return [0; 2];
     }
-    let of = |rank: usize| table.slots()[owners.of(rank)].iter().map(|slot| slot.len);
+    let of = |rank: usize| slots[owners.of(rank)].iter().map(|slot| slot.len);
     let in_round = |round| (0..ranks.size()).filter_map(|rank| of(rank).nth(round)).sum();
     let most = (0..owners.most()).map(in_round).max().unwrap_or(0);
     [of(ranks.rank()).max().unwrap_or(0), most]

@@ -12,7 +12,8 @@ use super::merge::Merges;
 use super::owners::Owners;
 use super::ramping::Ramping;
 use crate::backend::{
-    Backend, FlatGradients, MergeShape, Reached, Sequences, StateLayout, WorkspaceShape, on_device,
+    Backend, FlatGradients, MergeShape, Reached, Sequences, Slot, StateLayout, WorkspaceShape,
+    on_device,
 };
 use crate::comm::{Ranks, Share};
 use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
@@ -59,6 +60,7 @@ pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> 
     let options = options.resolved(config, engine.size())?;
     let mut plan = on_device!(engine.backend(), backend => {
         let (backend, mut plan) = (&**backend, Plan::default());
+        options.frozen.check(&table_for(backend, config)?)?;
         let cut = &mut Measured::new(backend, None)?;
         Flat::new(backend, cut, config, &options, (engine.ranks(), false), &mut plan)?;
         // Every further block takes as much as the second.
@@ -91,6 +93,8 @@ pub(super) struct Buffers<B: Backend> {
 
 /// What there is for each parameter, and for all of them together.
 pub(super) struct Flat<B: Backend> {
+    /// Where each parameter lies; those that are not trained have no elements.
+    pub(super) slots: Vec<Slot>,
     pub(super) gradients: FlatGradients<B>,
     /// What the optimizer keeps of each element, in the order of its states.
     pub(super) states: Vec<B::Bytes>,
@@ -139,27 +143,28 @@ impl<B: Backend> Flat<B> {
     ) -> Result<Self> {
         let table = table_for(backend, config)?;
         let (arena, optimizer) = (&mut cut.arena, &options.optimizer);
-        let (slots, kept) = (table.slots(), optimizer.gradients);
-        let gradients = FlatGradients::new(backend, arena, slots, kept)?;
+        let slots = options.frozen.trained(&table)?;
+        let gradients = FlatGradients::new(backend, arena, &slots, optimizer.gradients)?;
         plan.gradients = cut.since_last();
         let arena = &mut cut.arena;
-        let owners = Owners::new(slots, optimizer, B::ALIGN, ranks)?;
+        let owners = Owners::new(&slots, optimizer, B::ALIGN, ranks)?;
         let owned = ranks.map_or(0..slots.len(), |ranks| owners.of(ranks.rank()));
-        let layouts = StateLayout::of_all(slots, optimizer, &owned, B::ALIGN)?;
+        let layouts = StateLayout::of_all(&slots, optimizer, &owned, B::ALIGN)?;
         let states = layouts.iter().map(|layout| Ok(backend.bytes(arena, layout.bytes)));
         let states = collect("the states of the optimizer", states)?;
-        let kept = if optimizer.kind.normalizes() { table.slots().len() } else { 0 };
+        let kept = if optimizer.kind.normalizes() { slots.len() } else { 0 };
         let statistics = backend.f32(arena, kept * STATISTICS);
-        let reduction = backend.reduction(arena, table.slots(), optimizer)?;
+        let reduction = backend.reduction(arena, &slots, optimizer)?;
         let followed = Followed::new(backend, arena, &table, &options.recipe)?;
         let ramping = Ramping::new(backend, arena, &table, optimizer, &layouts)?;
         plan.optimizer = cut.since_last();
         let share = Share::new(options.accumulation, options.lanes, ranks);
-        let of = (&table, &gradients, owners);
+        let of = ((&table, &slots[..]), &gradients, owners);
         let (exchange, parts) =
             Exchange::new(backend, &mut cut.arena, of, share, ranks, allocates)?;
         plan.exchange = cut.since_last();
         Ok(Self {
+            slots,
             gradients,
             states,
             layouts,

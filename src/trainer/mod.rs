@@ -200,6 +200,8 @@ struct Run<B: Backend> {
     moves: u64,
     /// The same when ranks told each other where weights are.
     met: u64,
+    /// [`crate::model::Weights::changes`] in the last update.
+    changes: u64,
 }
 
 impl Trainer {
@@ -299,6 +301,7 @@ impl Trainer {
             optimizer,
             schedule,
             token_drop,
+            frozen,
         } = options;
         let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = optimizer;
         let usual = format!("{beta1} {beta2} {epsilon} {weight_decay} {clip}");
@@ -314,6 +317,7 @@ impl Trainer {
             ("beta1, beta2, epsilon, weight_decay and clip", usual),
             ("schedule", format!("{schedule:?}")),
             ("token_drop", format!("{token_drop:?}")),
+            ("frozen", frozen.to_string()),
             ("the run's seed", seed.to_string()),
             ("the steps done", step.to_string()),
             ("the step that the schedule counts from", schedule_start.to_string()),
@@ -843,6 +847,7 @@ impl Trainer {
                            next batch or step";
             return Err(Error::invalid("trainer", message));
         }
+        self.check_trained(index, name)?;
         let factor = self.read_factor()?;
         on_device!(&self.run, run => {
             let Flat { owned, exchange, .. } = &run.buffers.flat;
@@ -921,7 +926,8 @@ impl<B: Backend> Run<B> {
         drop(weights);
         let step_plan = options.recipe.step_plan(config.layers)?;
         let (model, met) = (on.clone(), moves);
-        Ok(Self { model, buffers, sharp: None, updates: None, step_plan, moves, met })
+        let (sharp, updates, changes) = (None, None, 0);
+        Ok(Self { model, buffers, sharp, updates, step_plan, moves, met, changes })
     }
 
     fn load_states(
@@ -932,11 +938,10 @@ impl<B: Backend> Run<B> {
         dir: &Path,
     ) -> Result<()> {
         let Self { model: on, buffers, .. } = self;
-        let Flat { states: flats, layouts, statistics, followed, .. } = &mut buffers.flat;
+        let Flat { slots, states: flats, layouts, statistics, followed, .. } = &mut buffers.flat;
         let optimizer = state.options.optimizer;
         let (states, tensors) = (optimizer.states(), model.tensors());
         // Files have those of all ranks.
-        let slots = on.table.slots();
         let whole = StateLayout::of_all(slots, &optimizer, &(0..slots.len()), B::ALIGN)?;
         let of_blocks = follow::tensors(followed.matrices(), tensors)?;
         let owners = whole.iter().map(|layout| states::Owners::of(tensors, layout));
@@ -1081,7 +1086,7 @@ impl<B: Backend> Run<B> {
         let Self { model: on, buffers: Buffers { flat, .. }, .. } = self;
         let backend = &*on.backend;
         // Others may still read what is not summed up here.
-        let summed = flat.exchange.summed(&flat.parts, on.table.slots().len());
+        let summed = flat.exchange.summed(&flat.parts, flat.slots.len());
         let factor = (positions / divisor) as f32;
         backend.scope(|| backend.scale_gradients(&mut flat.gradients, &summed, factor));
         OptimizerStep { loss_scale: (1.0 / divisor) as f32, ..*step }
@@ -1239,17 +1244,24 @@ impl<B: Backend> Run<B> {
         step: &OptimizerStep,
         sees: bool,
     ) -> Result<StepSums> {
-        let Self { model: on, buffers, updates, .. } = self;
-        let OnDevice { backend, table, .. } = &**on;
+        let Self { model: on, buffers, updates, changes, .. } = self;
+        let backend = &on.backend;
         let (backend, updates) = (&**backend, updates.as_mut().filter(|_| sees));
         let ranks = model.engine().ranks().filter(|ranks| ranks.shards_states);
         let Buffers { flat, workspace, .. } = buffers;
-        let Flat { gradients, states, layouts, parts, statistics, reduction, exchange, .. } = flat;
-        let bounds = Bounds { weight: weights.largest, ..*known };
+        let Flat {
+            slots, gradients, states, layouts, parts, statistics, reduction, exchange, ..
+        } = flat;
+        // Whoever moves some tensors alone knows the bound of these, as long as nobody else moves any.
+        let moves_all = slots.iter().all(|slot| slot.len > 0);
+        let of_others = if moves_all { 0.0 } else { weights.largest };
+        let is_own = std::mem::replace(changes, weights.changes) + 1 == weights.changes;
+        let weight = if moves_all || !is_own { weights.largest } else { known.weight };
+        let bounds = Bounds { weight, ..*known };
         // Whatever goes wrong: nothing is known then.
         (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
         let mut trained = Trained {
-            slots: table.slots(),
+            slots,
             weights: &mut weights.all,
             states,
             layouts,
@@ -1314,10 +1326,10 @@ impl<B: Backend> Run<B> {
             Bounds::found(found, step)
         };
         if let Some(ranks) = ranks.filter(|_| sums.gradient_scale(step).is_some()) {
-            let gathered = exchange.gather(backend, trained.weights, table.slots(), ranks);
+            let gathered = exchange.gather(backend, trained.weights, trained.slots, ranks);
             gathered.inspect_err(|error| ranks.end(&error.to_string()))?;
         }
-        (weights.largest, *known) = (bounds.weight, bounds);
+        (weights.largest, *known) = (bounds.weight.max(of_others), bounds);
         Ok(sums)
     }
 

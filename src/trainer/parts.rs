@@ -359,6 +359,7 @@ impl Trainer {
             None => all,
             Some(name) => {
                 let number = self.model.number_of(name)?;
+                self.check_trained(number, name)?;
                 number..number + 1
             }
         };
@@ -383,6 +384,7 @@ impl Trainer {
     /// that wait are not above 0 together; [`Error::Unsupported`] as for [`Trainer::scale_gradients`].
     pub fn write_gradient(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let index = self.model.index_of(name, values.len())?;
+        self.check_trained(index, name)?;
         if let Some((i, value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             let what = format!("element {i} of the gradient of {name}");
             return Err(Error::NotFinite { what, value: *value });
@@ -410,6 +412,15 @@ impl Trainer {
             return Ok(nominal / divisor);
         }
         Err(bad_divisor(divisor, nominal))
+    }
+
+    /// An error where this tensor has no gradient.
+    pub(super) fn check_trained(&self, index: usize, name: &str) -> Result<()> {
+        if on_device!(&self.run, run => run.buffers.flat.slots[index].len > 0) {
+            return Ok(());
+        }
+        let message = format!("{name} is frozen, so that it has no gradient");
+        Err(Error::invalid("tensor", message))
     }
 
     fn check_is_one_sum(&self) -> Result<()> {
@@ -560,8 +571,8 @@ impl<B: Backend> Run<B> {
         let (backend, gradients) = (&*on.backend, &mut flat.gradients);
         backend.scope(|| {
             for slot in on.table.slots() {
-                let [gradient] = gradients.of(backend, [*slot]);
-                backend.zero_gradient(gradient);
+                let gradient = gradients.of(backend, [*slot]);
+                gradient.into_iter().flatten().for_each(|gradient| backend.zero_gradient(gradient));
             }
             backend.begin_step(workspace);
         });

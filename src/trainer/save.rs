@@ -308,7 +308,7 @@ impl<B: Backend> Run<B> {
         let (table, flat) = (&self.model.table, &self.buffers.flat);
         let (weights, optimizer) = (self.model.read()?, &state.options.optimizer);
         let (live, followed) = self.live(&weights, flat.followed.kept(state))?;
-        let slots = table.slots();
+        let slots = &flat.slots;
         copy.layouts = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
         copy.matrices = collect(WHAT, flat.followed.matrices().iter().map(|of| Ok(*of)))?;
         let normalizes = optimizer.kind.normalizes();
@@ -382,7 +382,7 @@ struct Gather<'a> {
 
 impl<'a> Gather<'a> {
     fn new<B: Backend>(run: &'a Run<B>, optimizer: &Optimizer, ranks: &Ranks) -> Result<Self> {
-        let (slots, size) = (run.model.table.slots(), ranks.size());
+        let (slots, size) = (&run.buffers.flat.slots, ranks.size());
         let whole = StateLayout::of_all(slots, optimizer, &(0..slots.len()), B::ALIGN)?;
         let owners = &run.buffers.flat.exchange.owners;
         let (mine, all, room) = (Vec::new(), Vec::new(), zeros(WHAT, PART)?);

@@ -909,6 +909,12 @@ struct mxt_trainer_options
     # on on any of these. 0 (default) takes as many as there are ranks. A rank with 2^k lanes keeps k
     # more copies of the gradients.
     lanes::Csize_t
+    # The tensors that training leaves as they are, by patterns of their names with commas between
+    # them: "transformer.wte.*,*.ln_*". '*' stands for any text, '?' for one character, "[ab]" for
+    # one of some. They have no gradient and no state of the optimizer; a frozen matrix spares a
+    # third of its products. A pattern that fits no name is an error. NULL (default) freezes
+    # nothing. Borrowed for the call.
+    frozen::Cstring
 end
 
 """

@@ -332,15 +332,15 @@ What the trainer was made from, as a named tuple.
 function options(trainer::Trainer)
     filled_in = sized(Lib.mxt_trainer_options)
     texts = Ref(("", "", ""))
-    drop = Ref{Union{Nothing,String}}(nothing)
+    drop, frozen = Ref{Union{Nothing,String}}(nothing), Ref{Union{Nothing,String}}(nothing)
+    text_or_none(text) = text == Cstring(C_NULL) ? nothing : unsafe_string(text)
     call(trainer) do
         status = Lib.mxt_trainer_get_options(trainer, filled_in)
         if status == Lib.MXT_OK
             # The texts are valid as long as the trainer, so they are copied while that is held.
             how = filled_in[]
             texts[] = map(unsafe_string, (how.recipe, how.recompute, how.optimizer))
-            dropping = how.token_drop != Cstring(C_NULL)
-            drop[] = dropping ? unsafe_string(how.token_drop) : nothing
+            drop[], frozen[] = text_or_none(how.token_drop), text_or_none(how.frozen)
         end
         return status
     end
@@ -352,6 +352,7 @@ function options(trainer::Trainer)
         recompute = recompute,
         optimizer = optimizer,
         token_drop = drop[],
+        frozen = frozen[],
         schedule = schedule,
     )
     return merge(named(how), managed)
@@ -378,6 +379,7 @@ function with_trainer_options(
     recompute::Union{Nothing,AbstractString} = nothing,
     optimizer::Union{Nothing,AbstractString} = nothing,
     token_drop::Union{Nothing,AbstractString} = nothing,
+    frozen::Union{Nothing,AbstractString} = nothing,
     schedule = :constant,
     fields...,
 )
@@ -387,12 +389,14 @@ function with_trainer_options(
     end
     text, again = text_or_nothing("recipe", recipe), text_or_nothing("recompute", recompute)
     mover, drop = text_or_nothing("optimizer", optimizer), text_or_nothing("token_drop", token_drop)
-    GC.@preserve text again mover drop begin
+    stays = text_or_nothing("frozen", frozen)
+    GC.@preserve text again mover drop stays begin
         managed = (
             recipe = c_string(text),
             recompute = c_string(again),
             optimizer = c_string(mover),
             token_drop = c_string(drop),
+            frozen = c_string(stays),
             schedule = number - 1,
         )
         how = filled(Lib.mxt_trainer_options, Lib.mxt_trainer_options_init, fields, managed)

@@ -9,7 +9,7 @@ use bytesize::ByteSize;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
-    Activation, DatasetOptions, DecoderWeights, Draft, Group, Optimizer, Recipe, Recompute,
+    Activation, DatasetOptions, DecoderWeights, Draft, Frozen, Group, Optimizer, Recipe, Recompute,
     ScheduleKind, StoredWeights, TokenDrop, Transport, Wire,
 };
 
@@ -468,6 +468,11 @@ pub(crate) struct BatchArgs {
     /// (or steps=N after N), by a sixteenth of the sequence at a time (or ,by=N)
     #[arg(long, value_name = "START,STEPS")]
     pub(crate) token_drop: Option<TokenDrop>,
+
+    /// Leave tensors as they are, by patterns of their names with commas between them, where * is any
+    /// text: 'transformer.w*,*.ln_?.*'. `mxtrain info --tensors` lists names
+    #[arg(long, value_name = "PATTERNS", default_value_t = Frozen::default(), hide_default_value = true)]
+    pub(crate) freeze: Frozen,
 }
 
 /// The number formats of one run.

@@ -86,6 +86,7 @@ fn option_name(what: &str) -> String {
         "warmup_steps" => "warmup",
         "total_steps" => "steps",
         "max_tokens" => "tokens",
+        "frozen" => "freeze",
         "accumulation" | "batch_size" | "beta1" | "beta2" | "channels" | "clip" | "decay_steps"
         | "device" | "draft" | "draft_tokens" | "gradient_wire" | "heads" | "lanes" | "layers"
         | "lr" | "min_lr" | "min_p" | "mlp_channels" | "prompt" | "recipe"

@@ -151,6 +151,8 @@ struct Training {
     optimizer: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     token_drop: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    frozen: Option<String>,
 }
 
 /// That of AdamW is not in the file.
@@ -261,13 +263,16 @@ impl Checkpoint {
             HumanCount(self.parameters),
         );
         if let Some(training) = &self.training {
-            let Training { step, seed, recipe, optimizer, token_drop } = training;
+            let Training { step, seed, recipe, optimizer, token_drop, frozen } = training;
             let [recipe, optimizer] = [recipe, optimizer].map(|name| console::plain(name));
             let drop =
                 token_drop.as_ref().map(|drop| format!(", token drop {}", console::plain(drop)));
             let drop = drop.unwrap_or_default();
+            let frozen = frozen.as_ref().map(|of| format!(", frozen {}", console::plain(of)));
+            let frozen = frozen.unwrap_or_default();
             text.push_str(&format!(
-                "training    step {step}, recipe {recipe}, optimizer {optimizer}{drop}, seed {seed}\n"
+                "training    step {step}, recipe {recipe}, optimizer {optimizer}{drop}{frozen}, \
+                 seed {seed}\n"
             ));
         }
         if let Some(why) = &self.cannot_resume {

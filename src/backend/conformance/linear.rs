@@ -363,13 +363,13 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                     let mut flat = Gradients::kept_in(b, &pieces, kept);
                     let mut dx = poison(b, rows * inputs, precision);
                     let [dw, db] = flat.get(b);
-                    let (dy, w) = (OutputGradient::Whole(&dy), params.get(b, 0));
+                    let (of_y, w) = (OutputGradient::Whole(&dy), params.get(b, 0));
                     let mean = means.as_ref().map(Means::part);
                     let operands = LinearBackward {
                         dx: &mut dx,
                         dw,
                         db,
-                        dy,
+                        dy: of_y,
                         x: &x,
                         turned: None,
                         w,
@@ -378,6 +378,35 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                     };
                     b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
                     close(b, &what("dx"), &read(b, &dx), &exact.dx, Of::Activation, precision);
+                    for wanted in SOME_WANTED.into_iter().filter(|_| kept == InF32 && !accumulate) {
+                        let mut some = Gradients::of(b, &pieces);
+                        let mut dx_of_some = poison(b, rows * inputs, precision);
+                        let [dw, db] = some.wanted(b, wanted);
+                        let operands = LinearBackward {
+                            dx: &mut dx_of_some,
+                            dw,
+                            db,
+                            dy: OutputGradient::Whole(&dy),
+                            x: &x,
+                            turned: None,
+                            w: params.get(b, 0),
+                            mean: means.as_ref().map(Means::part),
+                            accumulate,
+                        };
+                        b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
+                        let some = some.read(b);
+                        let mut all = flat.read(b);
+                        if wanted == [false, true] {
+                            // The sum of a bias is another one where no product reads dy besides.
+                            let [of_b, some] = [&all[1], &some[1]];
+                            let of_b = f64s(of_b);
+                            close(b, &what("db"), some, &of_b, Of::ParameterGradient, precision);
+                            all[1] = some.clone();
+                        }
+                        let dx = [read(b, &dx), read(b, &dx_of_some)];
+                        let what = format!("{}: {}", b.name(), what("gradients"));
+                        are_as_wanted(&what, wanted, [&before, &all, &some], [&dx[0], &dx[1]]);
+                    }
                     if kept == InBf16 {
                         let [dw, db]: [Vec<f32>; 2] = flat.read(b).try_into().unwrap();
                         assert!(bits(&db) == bits(&in_f32[1]), "{}: {}", b.name(), what("db"));

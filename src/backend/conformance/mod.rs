@@ -413,8 +413,14 @@ impl<B: Harness> Gradients<B> {
     }
 
     /// The first N.
-    fn get<const N: usize>(&mut self, b: &B) -> [B::Gradient<'_>; N] {
+    fn get<const N: usize>(&mut self, b: &B) -> [Option<B::Gradient<'_>>; N] {
         self.flat.of(b, std::array::from_fn(|i| self.slots[i]))
+    }
+
+    /// The first two, of which some are wanted.
+    fn wanted(&mut self, b: &B, wanted: [bool; 2]) -> [Option<B::Gradient<'_>>; 2] {
+        let mut all = self.get::<2>(b).into_iter();
+        wanted.map(|is_wanted| all.next().flatten().filter(|_| is_wanted))
     }
 
     /// All of them.
@@ -433,6 +439,24 @@ impl<B: Harness> Gradients<B> {
             values
         };
         self.slots.iter().map(read).collect()
+    }
+}
+
+/// Which of two gradients are wanted, but for both.
+const SOME_WANTED: [[bool; 2]; 3] = [[true, false], [false, true], [false, false]];
+
+/// Where some gradients alone are wanted, these and dx are what they were, and others are not written.
+#[track_caller]
+fn are_as_wanted(
+    what: &str,
+    wanted: [bool; 2],
+    [before, all, some]: [&[Vec<f32>]; 3],
+    [dx_of_all, dx_of_some]: [&[f32]; 2],
+) {
+    assert!(bits(dx_of_all) == bits(dx_of_some), "{what}: dx where {wanted:?} are wanted");
+    for (i, is_wanted) in wanted.into_iter().enumerate() {
+        let expected = if is_wanted { &all[i] } else { &before[i] };
+        assert!(bits(expected) == bits(&some[i]), "{what}: {i} where {wanted:?} are wanted");
     }
 }
 

@@ -90,25 +90,33 @@ pub(super) fn layernorm_backward<B: Harness>(backends: &[B]) {
                     f32_input(b, &values.iter().map(|v| *v as f32).collect::<Vec<_>>())
                 });
                 for accumulate in [true, false] {
-                    let mut dx = output(b, &vec![1.0; rows * channels], precision);
                     let before = vec![if accumulate { 1.0 } else { f32::NAN }; channels];
-                    let mut flat = Gradients::of(b, &[&before, &before]);
-                    let [dw_, db_] = flat.get(b);
-                    let operands = NormBackward {
-                        dx: &mut dx,
-                        dw: dw_,
-                        db: db_,
-                        dy: &dy,
-                        x: &x,
-                        statistics: NormStatistics { mean: &mean, rstd: &rstd },
-                        w: params.get(b, 0),
-                        accumulate,
+                    let mut backward = |wanted| {
+                        let mut dx = output(b, &vec![1.0; rows * channels], precision);
+                        let mut flat = Gradients::of(b, &[&before, &before]);
+                        let [dw, db] = flat.wanted(b, wanted);
+                        let operands = NormBackward {
+                            dx: &mut dx,
+                            dw,
+                            db,
+                            dy: &dy,
+                            x: &x,
+                            statistics: NormStatistics { mean: &mean, rstd: &rstd },
+                            w: params.get(b, 0),
+                            accumulate,
+                        };
+                        b.layernorm_backward(&mut scratch, operands, shape);
+                        (read(b, &dx), flat.read(b))
                     };
-                    b.layernorm_backward(&mut scratch, operands, shape);
-                    close(b, "dx", &read(b, &dx), &exact_dx, Of::NormInputGradient, precision);
-                    for ((what, ours), exact) in
-                        ["dw", "db"].iter().zip(flat.read(b)).zip([&dw, &db])
-                    {
+                    let (our_dx, ours) = backward([true; 2]);
+                    for wanted in SOME_WANTED {
+                        let (dx, some) = backward(wanted);
+                        let before = [before.clone(), before.clone()];
+                        let what = format!("{}: {size:?}", b.name());
+                        are_as_wanted(&what, wanted, [&before, &ours, &some], [&our_dx, &dx]);
+                    }
+                    close(b, "dx", &our_dx, &exact_dx, Of::NormInputGradient, precision);
+                    for ((what, ours), exact) in ["dw", "db"].iter().zip(ours).zip([&dw, &db]) {
                         let exact = if accumulate { plus_one(exact) } else { exact.clone() };
                         close(b, what, &ours, &exact, Of::ParameterGradient, precision);
                     }

@@ -54,17 +54,21 @@ impl Embed for Cpu {
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
         let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
-        if !accumulate {
-            self.zero(dwpe);
-        }
         let t = sequences.length;
-        self.install(|| {
-            dwpe[..t * channels].par_chunks_mut(channels).enumerate().for_each(|(position, d)| {
-                for b in 0..sequences.batch {
-                    add(self.isa(), d, &dout[(b * t + position) * channels..][..channels]);
-                }
+        if let Some(dwpe) = dwpe {
+            if !accumulate {
+                self.zero(dwpe);
+            }
+            let positions = dwpe[..t * channels].par_chunks_mut(channels).enumerate();
+            self.install(|| {
+                positions.for_each(|(position, d)| {
+                    for b in 0..sequences.batch {
+                        add(self.isa(), d, &dout[(b * t + position) * channels..][..channels]);
+                    }
+                });
             });
-        });
+        }
+        let Some(dwte) = dwte else { return };
         // NOTE: tokens repeat, so rows of dwte cannot be given out; columns can.
         const COLUMNS: usize = 64;
         let table = DisjointSlice::new(dwte);

@@ -205,12 +205,13 @@ impl Cpu {
         let dx = &mut gradient.dx[first * channels..][..n * channels];
         self.gemm(by_vocab, w, overwrite(dx, channels));
 
+        let Some(dw) = &mut gradient.dw else { return };
         let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
         let by_row = pack(self, &by_row, conversion, Role::A, a.as_mut());
         let x = Matrix::depth_by_rows(x, channels, n);
         let x = pack(self, &x, conversion, Role::B, input.as_mut());
         let accumulate = gradient.accumulate || first > 0;
-        self.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dw, channels) });
+        self.gemm(by_row, x, Output { accumulate, ..overwrite(dw, channels) });
     }
 
     /// Logits (n, V) of x (n, C), with w (V, C) as it lies.

@@ -137,6 +137,14 @@ impl Linear for Cpu {
         let of = For { gemm, id, forward, means, random, sums, restored };
         self.multiply(workspace, dgrad, of, out);
 
+        let Some(dw) = dw else {
+            if let Some(db) = db {
+                let sums = &mut workspace.a.vector_sums_mut()[..outputs];
+                column_sums(self, sums, dy);
+                add_sums(db, sums, accumulate);
+            }
+            return;
+        };
         let wgrad = [
             (Matrix::depth_by_rows(dy, outputs, rows), OperandId::Dy),
             (Matrix::depth_by_rows(x, inputs, rows), OperandId::X),
@@ -148,8 +156,8 @@ impl Linear for Cpu {
         let of = For { gemm, id, forward, means, random, sums, restored };
         self.multiply(workspace, wgrad, of, out);
         // dy^T passed through packing row by row; its row sums are the bias gradient.
-        for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
-            *db = if accumulate { *db + sum } else { *sum };
+        if let Some(db) = db {
+            add_sums(db, workspace.a.vector_sums(), accumulate);
         }
     }
 
@@ -268,6 +276,12 @@ impl Cpu {
         let without = Output { c, stride, alpha, bias: None, accumulate };
         self.product(operands, memory, without);
         scale_result(self, &mut c[..rows * columns], columns, scales, bias);
+    }
+}
+
+fn add_sums(to: &mut [f32], sums: &[f32], accumulate: bool) {
+    for (to, sum) in to.iter_mut().zip(sums) {
+        *to = if accumulate { *to + sum } else { *sum };
     }
 }
 

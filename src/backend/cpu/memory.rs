@@ -146,7 +146,8 @@ impl Memory for Cpu {
     }
 }
 
-/// All gradients, which lie where weights do.
-pub(super) fn all_gradients(gradients: &FlatGradients<Cpu>) -> &[f32] {
-    bytemuck::cast_slice(&gradients.bytes)
+/// The gradients of a parameter, by its number: nothing of one that is not trained.
+pub(super) fn gradients_of(gradients: &FlatGradients<Cpu>, index: usize) -> &[f32] {
+    let place = gradients.places[index];
+    bytemuck::cast_slice(&gradients.bytes[place.start..][..place.bytes()])
 }

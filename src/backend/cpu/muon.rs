@@ -18,7 +18,7 @@ use super::gemm::{
 };
 use super::isa::{Isa, simd_fn};
 use super::linear::amax_bits;
-use super::memory::all_gradients;
+use super::memory::gradients_of;
 use super::moments::{Moment, PIECE, Rounding, Stored, Then};
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, middle};
 use crate::backend::{Slot, Trained};
@@ -109,7 +109,7 @@ impl Update<'_> {
             let part = Part {
                 x: &mut scratch.x[..slot.len],
                 m: Stored::of(&mut states[0], place, rounding, largest),
-                g: &all_gradients(gradients)[slot.range()],
+                g: gradients_of(gradients, index),
             };
             part.in_jobs(isa, momentum, then)
         };

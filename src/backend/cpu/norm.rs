@@ -5,6 +5,7 @@
 
 use rayon::prelude::*;
 
+use super::disjoint::DisjointSlice;
 use super::isa::simd_fn;
 use super::math::{AHEAD, lane_sum, prefetch_after};
 use super::{Buffer, Cpu, Workspace, rows_per_job};
@@ -64,10 +65,9 @@ impl Norm for Cpu {
         operands: NormBackward<'_, Self>,
         NormShape { rows, channels, .. }: NormShape,
     ) {
-        let NormBackward { dx, dw, db, dy, x, statistics, w, accumulate } = operands;
-        if !accumulate {
-            self.zero(dw);
-            self.zero(db);
+        let NormBackward { dx, mut dw, mut db, dy, x, statistics, w, accumulate } = operands;
+        for gradient in [&mut dw, &mut db].into_iter().flatten().filter(|_| !accumulate) {
+            self.zero(gradient);
         }
         let (mean, rstd) = (&statistics.mean[..rows], &statistics.rstd[..rows]);
         let per_job = rows_per_job(channels);
@@ -83,13 +83,30 @@ impl Norm for Cpu {
                 });
             // Parameter gradients sum over rows, in order: each job owns some columns.
             const COLUMNS: usize = 64;
-            dw.par_chunks_mut(COLUMNS).zip(db.par_chunks_mut(COLUMNS)).enumerate().for_each(
-                |(job, (dw, db))| {
-                    let (dy, x) = (&dy[job * COLUMNS..], &x[job * COLUMNS..]);
-                    let statistics = NormStatistics { mean, rstd };
-                    backward_columns(self.isa(), dw, db, dy, x, statistics, channels);
-                },
-            );
+            if dw.is_none() && db.is_none() {
+                return;
+            }
+            let [dw, db] = [dw, db].map(|gradient| gradient.map(DisjointSlice::new));
+            (0..channels.div_ceil(COLUMNS)).into_par_iter().with_max_len(1).for_each(|job| {
+                let (first, mut unused) = (job * COLUMNS, [[0.0; COLUMNS]; 2]);
+                let n = COLUMNS.min(channels - first);
+                let [of_w, of_b] = &mut unused;
+                // SAFETY: jobs own disjoint columns.
+                let [dw, db] = [(&dw, of_w), (&db, of_b)].map(|(all, unused)| match all {
+                    Some(all) => unsafe { all.part(first, n) },
+                    None => &mut unused[..n],
+                });
+                let statistics = NormStatistics { mean, rstd };
+                backward_columns(
+                    self.isa(),
+                    dw,
+                    db,
+                    &dy[first..],
+                    &x[first..],
+                    statistics,
+                    channels,
+                );
+            });
         });
     }
 }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, lane_amax, prefetch_after};
-use super::memory::all_gradients;
+use super::memory::gradients_of;
 use super::moments::{Moment, PIECE, Rounding, Stored, Then};
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, middle, muon, ramping};
 use crate::Result;
@@ -129,9 +129,11 @@ impl Optimize for Cpu {
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
     ) {
-        let (slots, isa, gradients) = (trained.slots, self.isa(), all_gradients(trained.gradients));
+        let (slots, isa) = (trained.slots, self.isa());
+        let gradients = &*trained.gradients;
         let squares = |slot: &Slot| {
-            in_order(&gradients[slot.range()], &|job| chunk_sum_of_squares(isa, job), &Add::add)
+            let g = gradients_of(gradients, slot.index);
+            in_order(g, &|job| chunk_sum_of_squares(isa, job), &Add::add)
         };
         reduction.squares = self.install(|| slots.iter().map(squares).sum());
         reduction.ones.fill(One::plain(step.lr));
@@ -163,7 +165,7 @@ impl Optimize for Cpu {
         let Reduction { ones, muon, .. } = reduction;
         self.install(|| {
             for (index, one) in ones.iter().enumerate() {
-                if !trained.owned().contains(&index) {
+                if !trained.owned().contains(&index) || trained.slots[index].len == 0 {
                     continue;
                 }
                 if step.optimizer.orthogonalizes(trained.slots[index].kind) {
@@ -210,7 +212,7 @@ impl Optimize for Cpu {
         let Reduction { ones, muon, .. } = reduction;
         self.install(|| {
             for (index, one) in ones.iter().enumerate() {
-                if !trained.owned().contains(&index) {
+                if !trained.owned().contains(&index) || trained.slots[index].len == 0 {
                     largest(Largest::default());
                     continue;
                 }
@@ -255,7 +257,7 @@ impl Optimize for Cpu {
         let scale = reduction.scale_if_it_may(step);
         self.install(|| {
             for (index, one) in reduction.ones.iter().enumerate() {
-                let g = &all_gradients(trained.gradients)[slots[index].range()];
+                let g = gradients_of(trained.gradients, index);
                 let squares = in_order(g, &|job| chunk_sum_of_squares(isa, job), &Add::add);
                 let has_second = !step.optimizer.orthogonalizes(slots[index].kind);
                 let ratio = Ratio::new(step, one.scale * scale).clipped(one.clipped);
@@ -308,7 +310,7 @@ fn normalize(isa: Isa, ones: &mut [One], trained: &Trained<'_, Cpu>, factors: &F
     let kept = trained.statistics.as_chunks().0;
     for ((one, slot), kept) in ones.iter_mut().zip(trained.slots).zip(kept) {
         one.statistics = *kept;
-        let g = &all_gradients(trained.gradients)[slot.range()];
+        let g = gradients_of(trained.gradients, slot.index);
         let largest = in_order(g, &|job| chunk_largest(isa, job), &f32::max);
         one.clipped = factors.limit(&mut one.statistics, largest);
         let of_job = |job: &[f32]| chunk_sum_of_clipped(isa, job, one.clipped);
@@ -345,10 +347,10 @@ impl<'a> Part<'a> {
         let range = slots[index].range();
         let rounding = |beta| Rounding::of(step, beta, index);
         Self {
-            p: &mut weights[range.clone()],
+            p: &mut weights[range],
             m: Stored::of(m, &of_m.places[index], rounding(step.optimizer.beta1), largest[0]),
             v: Stored::of(v, &of_v.places[index], rounding(step.optimizer.beta2), largest[1]),
-            g: &all_gradients(gradients)[range],
+            g: gradients_of(gradients, index),
         }
     }
 

@@ -6,7 +6,7 @@ use std::array;
 use rayon::prelude::*;
 
 use super::isa::{Isa, simd_fn};
-use super::memory::all_gradients;
+use super::memory::gradients_of;
 use super::{Cpu, JOB_ELEMENTS};
 use crate::backend::Trained;
 use crate::optim::ramping::{Update, Weight};
@@ -44,8 +44,8 @@ impl<'a> Part<'a> {
         };
         let (m, v, interval, count, sum) =
             (jobs(m), jobs(v), jobs(interval), jobs(count), jobs(sum));
-        let p = weights[range.clone()].par_chunks_mut(JOB_ELEMENTS);
-        let g = all_gradients(gradients)[range].par_chunks(JOB_ELEMENTS);
+        let p = weights[range].par_chunks_mut(JOB_ELEMENTS);
+        let g = gradients_of(gradients, index).par_chunks(JOB_ELEMENTS);
         let all = (p, m, v, interval, count, sum, g).into_par_iter();
         all.map(|(p, m, v, interval, count, sum, g)| Part { p, m, v, interval, count, sum, g })
     }

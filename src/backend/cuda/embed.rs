@@ -119,15 +119,18 @@ impl Embed for Cuda {
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
         let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
+        let rows = sequences.rows();
+        if let Some(dwte) = dwte {
+            let [order, starts, count] = tokens.upload_runs(rows);
+            let most = rows.min(dwte.place.len / channels);
+            launch!(self.gpu, kernel!(dout, "embedding_backward_tokens"), [most, 1, 1], 256, 8192;
+                dwte.in_f32(), dout.address(), tokens.ids(), order, starts, count,
+                rows as u32, channels as u32);
+        }
+        let Some(dwpe) = dwpe else { return };
         if !accumulate {
             self.clear(dwpe.address(), dwpe.place.bytes());
         }
-        let rows = sequences.rows();
-        let [order, starts, count] = tokens.upload_runs(rows);
-        let most = rows.min(dwte.place.len / channels);
-        launch!(self.gpu, kernel!(dout, "embedding_backward_tokens"), [most, 1, 1], 256, 8192;
-            dwte.in_f32(), dout.address(), tokens.ids(), order, starts, count,
-            rows as u32, channels as u32);
         let grid = [(sequences.length * channels).div_ceil(256), 1, 1];
         launch!(self.gpu, kernel!(dout, "embedding_backward_positions"), grid, 256, 0;
             dwpe.in_f32(), dout.address(),

@@ -98,8 +98,9 @@ impl Cuda {
         let to = gradient.dx.write().at(first * channels);
         let dx = Product::new(precision, sizes, Operand::rows(logits, stride), right, to);
         self.product(workspace, &dx);
+        let Some(dw) = &mut gradient.dw else { return };
         let [left, right] = [Operand::columns(logits, stride), Operand::columns(chunk, channels)];
-        let (sizes, to) = ([vocab_size, channels, n], gradient.dw.in_f32());
+        let (sizes, to) = ([vocab_size, channels, n], dw.in_f32());
         let dw = Product {
             c_type: Type::F32,
             accumulate: gradient.accumulate || first > 0,

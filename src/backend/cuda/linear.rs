@@ -92,7 +92,7 @@ impl Linear for Cuda {
         recipe: &LinearRecipe,
         random: &Random,
     ) {
-        let LinearBackward { dx, dw, mut db, dy, x, turned, w, mean, accumulate } = operands;
+        let LinearBackward { dx, dw, db, dy, x, turned, w, mean, accumulate } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
         let carrier = values::carrier_of_mxfp4(self.gpu.capability, shape);
         let by_values =
@@ -104,7 +104,7 @@ impl Linear for Cuda {
         // Where dy is quantized for both products at once, and as what.
         let both = for_dgrad.filter(|gemm| carrier != Carrier::Bf16 && gemm.group() <= 64);
         let both = both.zip(for_wgrad).filter(|(first, second)| first.a() == second.a());
-        let both = both.map(|(gemm, _)| gemm);
+        let both = both.map(|(gemm, _)| gemm).filter(|_| dw.is_some());
         let (dy, pre) = match dy {
             OutputGradient::Whole(dy) => (dy, None),
             OutputGradient::BehindGelu { d, y: pre, form } => {
@@ -177,6 +177,7 @@ impl Linear for Cuda {
         let whole_dy = Matrix::of(dy, rows, outputs, OperandId::Dy);
         let both_in_fp8 = by_values[0]
             .and(by_values[1])
+            .filter(|_| dw.is_some())
             .and_then(|_| values::both_in_fp8(self, workspace, recipe, whole_dy, inputs));
         let (forms_of_dy, parts) = match both_in_fp8 {
             Some((forms, parts)) => (forms, Some(parts)),
@@ -220,6 +221,13 @@ impl Linear for Cuda {
             }
         }
 
+        let Some(dw) = dw else {
+            if let Some(mut db) = db {
+                let shape = (rows, outputs);
+                sums::bias_gradient(self, workspace, &mut db, dy, shape, accumulate);
+            }
+            return;
+        };
         // What the forward pass kept of x, or x itself.
         let kept_of_x = kept_by(Of::Wgrad, recipe, recipe.wgrad());
         let in_fp8 = kept_of_x == Kept::AsE4m3 && by_values[1].is_none();
@@ -256,12 +264,13 @@ impl Linear for Cuda {
                         values::multiply(self, workspace, of, [forms_of_dy[1], x], random, to);
                     }
                 }
+                let Some(mut db) = db else { return };
                 let shape = (rows, outputs);
                 match parts {
                     None => sums::bias_gradient(self, workspace, &mut db, dy, shape, accumulate),
                     Some(parts) => {
                         let db = &mut db;
-                        sums::add_partials(self, db, None, partials, parts, outputs, accumulate);
+                        sums::add_partials(self, db, partials, parts, outputs, accumulate);
                     }
                 }
             }
@@ -284,7 +293,8 @@ impl Linear for Cuda {
                 let [_, depth] = dy.depths();
                 let operands = [dy_columns, other];
                 self.product(workspace, &quantized(wgrad, operands, depth, gemm.alpha()));
-                sums::add_partials(self, &mut db, None, partials, parts, outputs, accumulate);
+                let Some(mut db) = db else { return };
+                sums::add_partials(self, &mut db, partials, parts, outputs, accumulate);
             }
         }
     }

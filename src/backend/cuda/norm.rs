@@ -103,7 +103,7 @@ impl Norm for Cuda {
         operands: NormBackward<'_, Self>,
         NormShape { rows, channels, .. }: NormShape,
     ) {
-        let NormBackward { dx, mut dw, mut db, dy, x, statistics, w, accumulate } = operands;
+        let NormBackward { dx, dw, db, dy, x, statistics, w, accumulate } = operands;
         let partials = workspace.partials.address;
         // As many as run at once: more would wait for the slowest.
         let parts = (3 * self.gpu.multiprocessors as usize).min(MAX_PARTS);
@@ -123,6 +123,6 @@ impl Norm for Cuda {
         let (name, shared) = (kernel!(x, "layernorm_backward"), 8 * channels);
         launch!(self.gpu, name, [parts, 1, 1], THREADS, shared; arguments);
         // A part holds C sums for dw, then C for db.
-        sums::add_partials(self, &mut dw, Some(&mut db), partials, parts, channels, accumulate);
+        sums::add_pairs(self, [dw, db], partials, parts, channels, accumulate);
     }
 }

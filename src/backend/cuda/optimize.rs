@@ -150,7 +150,8 @@ impl Reduction {
         let Some(muon) = &mut self.muon else { return };
         let place = muon::Place { table, sums, trial, largest, scales };
         let matrices = slots[part.clone()].iter();
-        for slot in matrices.filter(|slot| step.optimizer.orthogonalizes(slot.kind)) {
+        let moves = |slot: &&Slot| slot.len > 0 && step.optimizer.orthogonalizes(slot.kind);
+        for slot in matrices.filter(moves) {
             muon.update(cuda, workspace, *slot, place, step);
         }
     }

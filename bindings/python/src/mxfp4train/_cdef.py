@@ -230,6 +230,7 @@ typedef struct mxt_trainer_options {
   const char *optimizer;
   const char *token_drop;
   size_t lanes;
+  const char *frozen;
 } mxt_trainer_options;
 typedef struct mxt_step_stats {
   size_t struct_size;

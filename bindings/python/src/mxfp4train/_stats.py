@@ -136,6 +136,7 @@ class TrainerOptions(NamedTuple):
     optimizer: str
     token_drop: Optional[str]
     lanes: int
+    frozen: Optional[str]
 
 
 class Coverage(NamedTuple):

@@ -69,6 +69,7 @@ def options_struct(
     optimizer: str | None = None,
     token_drop: str | None = None,
     lanes: int | None = None,
+    frozen: str | None = None,
 ) -> Any:
     given = {
         "batch_size": batch_size,
@@ -90,6 +91,7 @@ def options_struct(
         "optimizer": text("optimizer", optimizer),
         "token_drop": text("token_drop", token_drop),
         "lanes": lanes,
+        "frozen": text("frozen", frozen),
     }
     return options("mxt_trainer_options", given, keep)
 
@@ -109,7 +111,8 @@ class Trainer(Handle):
     descent of the trapezoid. `recompute` says what the backward pass computes again to save memory:
     "nothing" (default), "pointwise" or "block". `token_drop`, such as "start=128,steps=60%", is how
     many tokens the blocks in the middle see in training. `lanes` are the parts of a step that ranks
-    of a group share.
+    of a group share. `frozen` are the tensors that stay as they are, by patterns of their names with
+    commas between them: "transformer.w*,*.ln_?.*".
 
     Options that are None have the library's defaults. The model stays the caller's.
 
@@ -142,6 +145,7 @@ class Trainer(Handle):
         optimizer: str | None = None,
         token_drop: str | None = None,
         lanes: int | None = None,
+        frozen: str | None = None,
     ) -> None:
         keep: list[Any] = []
         how = options_struct(
@@ -165,6 +169,7 @@ class Trainer(Handle):
             optimizer=optimizer,
             token_drop=token_drop,
             lanes=lanes,
+            frozen=frozen,
         )
         self._set(make("trainer", lib.mxt_trainer_new, model, how), model)
 
@@ -512,7 +517,7 @@ class Trainer(Handle):
             status: int = lib.mxt_trainer_get_options(trainer, how)
             if status == lib.MXT_OK:
                 # They are valid as long as the trainer, so they are copied while that is held.
-                for name in ("recipe", "recompute", "optimizer", "token_drop"):
+                for name in ("recipe", "recompute", "optimizer", "token_drop", "frozen"):
                     value = getattr(how, name)
                     texts[name] = None if value == ffi.NULL else text_of(value)
             return status

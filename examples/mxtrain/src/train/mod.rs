@@ -560,6 +560,10 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
     };
     let schedule = &options.schedule;
     let drop = options.token_drop.map_or_else(String::new, |drop| format!(", token drop {drop}"));
+    let frozen = match options.frozen.is_empty() {
+        true => String::new(),
+        false => format!(", frozen {}", options.frozen),
+    };
     let notes: String = data
         .notes(sequence, config.context_length)
         .iter()
@@ -569,7 +573,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         "machine     {about}\n\
          data        {}: {}{tokenizer}, vocabulary {}\n{notes}\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
-         step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}{drop}\n\
+         step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}{drop}{frozen}\n\
          run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
         console::plain(&data.name),
         data.in_words(),

@@ -318,6 +318,7 @@ pub(crate) fn trainer_options(
         recipe: recipe.clone(),
         recompute: batch.recompute,
         token_drop: batch.token_drop,
+        frozen: batch.freeze.clone(),
         ..TrainerOptions::default()
     };
     if let Some(args) = optimizer {
@@ -820,6 +821,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("recipe", differs(&args.recipe.recipe, &kept.recipe)),
         ("recompute", differs(&batch.recompute, &kept.recompute)),
         ("token-drop", differs(&drop(batch.token_drop), &drop(kept.token_drop))),
+        ("freeze", differs(&batch.freeze, &kept.frozen)),
         ("lr", differs_from(&opt.lr, &schedule.lr)),
         ("min-lr", differs_from(&opt.min_lr, &schedule.min_lr)),
         ("warmup", differs_from(&opt.warmup, &schedule.warmup_steps)),

@@ -27,22 +27,38 @@ pub(crate) fn bias_gradient(
     let (partials, parts) = (workspace.partials.address, parts(rows));
     launch!(cuda.gpu, kernel!(dy, "bias_gradient"), [outputs.div_ceil(256), parts, 1], 256, 0;
         partials, dy.address(), rows as u32, outputs as u32);
-    add_partials(cuda, db, None, partials, parts, outputs, accumulate);
+    add_partials(cuda, db, partials, parts, outputs, accumulate);
 }
 
 /// `to` (n) = the sums of the columns of partials (parts, n), or with `accumulate` they are added.
-/// With `second`, a part has n more columns for that.
 pub(crate) fn add_partials(
     cuda: &Cuda,
     to: &mut Gradient<'_>,
-    second: Option<&mut Gradient<'_>>,
     partials: u64,
     parts: usize,
     n: usize,
     accumulate: bool,
 ) {
-    let columns = if second.is_some() { 2 * n } else { n };
-    let second = second.map_or(0, |second| second.in_f32());
-    launch!(cuda.gpu, "add_partials", [columns.div_ceil(32), 1, 1], 1024, 0;
-        to.in_f32(), second, partials, parts as u32, n as u32, u32::from(accumulate));
+    launch!(cuda.gpu, "add_partials", [n.div_ceil(32), 1, 1], 1024, 0;
+        to.in_f32(), 0u64, partials, parts as u32, n as u32, u32::from(accumulate));
+}
+
+/// The same of two gradients of n each from partials (parts, 2, n). The sums of one that nobody wants
+/// stay in the first part, whose columns only the block that has read them writes.
+pub(crate) fn add_pairs(
+    cuda: &Cuda,
+    to: [Option<Gradient<'_>>; 2],
+    partials: u64,
+    parts: usize,
+    n: usize,
+    accumulate: bool,
+) {
+    if to.iter().all(Option::is_none) {
+        return;
+    }
+    let unwanted = [partials, partials + 4 * n as u64];
+    let [first, second] =
+        std::array::from_fn(|i| to[i].as_ref().map_or(unwanted[i], Gradient::in_f32));
+    launch!(cuda.gpu, "add_partials", [(2 * n).div_ceil(32), 1, 1], 1024, 0;
+        first, second, partials, parts as u32, n as u32, u32::from(accumulate));
 }
