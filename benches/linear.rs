@@ -55,6 +55,7 @@ fn main() {
             recipes: &recipes,
             merge: None,
             packed: &[],
+            adapters: &[],
             backward: true,
         };
         let mut measuring = cpu.arena(None).unwrap();
@@ -72,8 +73,8 @@ fn main() {
                     let start = Instant::now();
                     let operands = LinearBackward {
                         dx: &mut dx,
-                        dw: &mut dw[..],
-                        db: &mut db[..],
+                        dw: Some(&mut dw[..]),
+                        db: Some(&mut db[..]),
                         dy: OutputGradient::Whole(&dy),
                         x: &x,
                         turned: None,

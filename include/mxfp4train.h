@@ -553,6 +553,13 @@ typedef struct mxt_model_config {
   // 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
   // 0.
   int32_t scale_attention_by_layer;
+  // What is trained beside linear layers, in the place of everything else, is of this rank (LoRA).
+  // Default 0: nothing is.
+  size_t lora_rank;
+  // Over the rank, the factor of what is added to a layer's result. 0 (default) is twice the rank.
+  float lora_alpha;
+  // Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
+  uint32_t lora_layers;
 } mxt_model_config;
 
 // What there is to know about a tensor. Set struct_size to sizeof(mxt_tensor_info) before the
@@ -1194,6 +1201,45 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
 // folder that holds other things and no checkpoint), MXT_ERROR_NOT_FINITE (a weight),
 // MXT_ERROR_BUSY.
 mxt_status mxt_model_save(const struct mxt_model *model, const char *dir);
+
+// Makes a model with the weights of `model`, which stays as it is, and adapters beside its linear
+// layers (LoRA: x A^T B^T, times alpha / rank, is added to a layer's result), and stores it in
+// `*adapted` for the caller to free. A trainer of it trains the adapters alone and has gradients and
+// states of nothing else. A, "NAME.lora_A.weight" (rank, in), is drawn from the engine's seed; B,
+// "NAME.lora_B.weight" (out, rank), is 0, so that it computes what `model` does. `alpha` is 0 for
+// twice the rank; `layers` are some of mxt_lora_layer, 0 for all. Both models take memory.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a rank of 0, or a model that has adapters),
+// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+mxt_status mxt_model_with_lora(const struct mxt_model *model,
+                               size_t rank,
+                               float alpha,
+                               uint32_t layers,
+                               struct mxt_model **adapted);
+
+// Makes a model of the weights of `model`, which stays as it is, with its adapters added to them, and
+// stores it in `*merged` for the caller to free.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model without adapters),
+// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+mxt_status mxt_model_merge_lora(const struct mxt_model *model,
+                                struct mxt_model **merged);
+
+// Saves the adapters of a model alone, as a folder that PEFT opens beside the model that they were
+// made for: adapter_config.json and adapter_model.safetensors. As atomic as mxt_model_save.
+//
+// Errors: those of mxt_model_save; MXT_ERROR_INVALID_ARGUMENT also for a model without adapters.
+mxt_status mxt_model_save_lora(const struct mxt_model *model, const char *dir);
+
+// mxt_model_with_lora of adapters that PEFT or mxt_model_save_lora saved: LoRA of one rank, without
+// DoRA, biases or further modules, the same in all blocks.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model that has adapters), MXT_ERROR_IO,
+// MXT_ERROR_FORMAT (names the key or the tensor), MXT_ERROR_MISMATCH (adapters of another model),
+// MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+mxt_status mxt_model_load_lora(const struct mxt_model *model,
+                               const char *dir,
+                               struct mxt_model **adapted);
 
 // mxt_model_save of weights that are stored as other numbers, for programs that run the model:
 // training that goes on from them begins with what they were rounded to. `weights` is one of

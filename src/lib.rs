@@ -99,7 +99,7 @@ pub use decoder::{
 pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use formats::Philox;
-pub use gpt::{Activation, Frozen, ModelConfig, Recompute, TensorInfo, TokenDrop};
+pub use gpt::{Activation, Frozen, Lora, ModelConfig, Recompute, TensorInfo, TokenDrop};
 pub use model::{Model, ModelFiles};
 pub use optim::{
     Gradients, Master, Moments, Muon, Normalization, Optimizer, OptimizerKind, Schedule,

@@ -7,12 +7,15 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, FlatGradients, Memory, Slot, on_device};
 use crate::checkpoint::{
-    self, Checkpoint, FoundConfig, ModelPart, Scratch, StoredTensor, StoredWeights, TensorRead,
+    self, AdapterFiles, Checkpoint, FoundConfig, ModelPart, Scratch, StoredTensor, StoredWeights,
+    TensorRead,
 };
 use crate::engine::LogLevel;
-use crate::gpt::{ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize};
+use crate::gpt::{
+    Lora, ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize, initialize_adapters,
+};
 use crate::optim::Master;
-use crate::reserve::collect;
+use crate::reserve::{collect, reuse};
 use crate::signals::file_limit_is_an_error;
 use crate::{Engine, Error, Result};
 
@@ -161,6 +164,116 @@ impl Model {
         })
     }
 
+    /// A model with these weights, and adapters beside its linear layers that change nothing yet: what
+    /// a [`crate::Trainer`] of it trains. A is drawn from the engine's seed, B is 0. Weights are copied,
+    /// so that both models take memory.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for numbers that make no adapters, and where there are some already;
+    /// [`Error::OutOfMemory`].
+    pub fn with_lora(&self, lora: Lora) -> Result<Self> {
+        lora.validate()?;
+        let adapted = self.copied(Some(lora))?;
+        on_device!(adapted.on_device(), on => {
+            let all = &mut on.lock()?.all;
+            initialize_adapters(&*on.backend, all, &on.table, self.engine().seed())?;
+        });
+        Ok(adapted)
+    }
+
+    /// [`Model::with_lora`] of adapters that [`Model::save_lora`] or PEFT saved: LoRA of one rank,
+    /// without DoRA, biases or further modules, the same in all blocks.
+    ///
+    /// # Errors
+    /// As [`Model::with_lora`]; [`Error::Io`], [`Error::Format`] and [`Error::Mismatch`] name the file
+    /// and the key or the tensor.
+    pub fn load_lora(&self, dir: &Path) -> Result<Self> {
+        let files = AdapterFiles::open(dir, self.config())?;
+        let adapted = self.copied(Some(files.lora()))?;
+        let tensors = adapted.adapters()?;
+        on_device!(adapted.on_device(), on => {
+            let mut weights = on.lock()?;
+            let slots = collect(ADAPTERS, on.table.adapters().flatten().map(Ok))?;
+            files.read(&tensors, &mut |index, values| {
+                on.backend.write_param(&mut weights.all, slots[index], values)
+            })?;
+        });
+        Ok(adapted)
+    }
+
+    /// Saves the adapters alone, atomically, as a folder that PEFT opens beside the model that they
+    /// were made for: `adapter_config.json` and `adapter_model.safetensors`.
+    ///
+    /// # Errors
+    /// As [`Model::save`], and [`Error::InvalidArgument`] for a model without adapters.
+    pub fn save_lora(&self, dir: &Path) -> Result<()> {
+        let lora = self.config().lora.ok_or_else(no_adapters)?;
+        let tensors = self.adapters()?;
+        on_device!(self.on_device(), on => {
+            let weights = on.read()?;
+            let read = |slot, out: &mut [f32]| on.backend.read_param(&weights.all, slot, out);
+            let slots = collect(ADAPTERS, on.table.adapters().flatten().map(Ok))?;
+            let adapters = Adapters { tensors: &tensors, slots: &slots, read };
+            file_limit_is_an_error(|| checkpoint::save_adapters(dir, &lora, &adapters))
+        })
+    }
+
+    /// A model of the same shape without adapters, whose products are added to the weights:
+    /// W + alpha / rank B A, in f32.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a model without adapters, [`Error::OutOfMemory`].
+    pub fn merge_lora(&self) -> Result<Self> {
+        let lora = self.config().lora.ok_or_else(no_adapters)?;
+        let merged = self.copied(None)?;
+        on_device!(self.on_device(), from => on_device!(merged.on_device(), to => {
+            let (weights, mut all) = (from.read()?, to.lock()?);
+            let [mut w, mut a, mut b] = [const { Vec::new() }; 3];
+            let matrices = from.table.linears().zip(to.table.linears());
+            for ((of_w, adapter), (slot, _)) in matrices {
+                let read = |slot: Slot, values: &mut Vec<f32>| {
+                    let values = reuse(values, "a tensor", slot.len)?;
+                    from.backend.read_param(&weights.all, slot, values)
+                };
+                let Some([of_a, of_b]) = adapter else { continue };
+                read(of_w, &mut w)?;
+                read(of_a, &mut a)?;
+                read(of_b, &mut b)?;
+                lora.merge(&mut w[..of_w.len], &a[..of_a.len], &b[..of_b.len])?;
+                to.backend.write_param(&mut all.all, slot, &w[..of_w.len])?;
+            }
+        }));
+        Ok(merged)
+    }
+
+    /// A model of these weights, with other adapters or none: those that there are stay behind, and
+    /// new ones are 0.
+    fn copied(&self, lora: Option<Lora>) -> Result<Self> {
+        if lora.is_some() && self.config().lora.is_some() {
+            let message = "the model has adapters; merge them into its weights first";
+            return Err(Error::invalid("lora", message));
+        }
+        let config = ModelConfig { lora, ..self.config().clone() };
+        let copy = Self::zeroed(self.engine(), &config, self.0.found.clone())?;
+        on_device!(self.on_device(), from => on_device!(copy.on_device(), to => {
+            let (weights, mut all) = (from.read()?, to.lock()?);
+            let mut values = from.table.room_for_a_tensor()?;
+            for (slot, from_slot) in to.table.without_adapters().zip(from.table.without_adapters()) {
+                values.resize(slot.len, 0.0);
+                from.backend.read_param(&weights.all, from_slot, &mut values)?;
+                to.backend.write_param(&mut all.all, slot, &values)?;
+            }
+        }));
+        Ok(copy)
+    }
+
+    /// Names and shapes of the adapters, in their order.
+    fn adapters(&self) -> Result<Vec<TensorInfo>> {
+        let specs = on_device!(self.on_device(), on => on.table.specs());
+        let adapters = specs.iter().filter(|spec| spec.is_adapter).map(ParamSpec::info);
+        collect(ADAPTERS, adapters)
+    }
+
     /// The engine it lives on.
     pub fn engine(&self) -> &Engine {
         &self.0.engine
@@ -293,6 +406,29 @@ impl Model {
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Model").field("config", self.config()).finish_non_exhaustive()
+    }
+}
+
+const ADAPTERS: &str = "the names of the adapters";
+
+fn no_adapters() -> Error {
+    Error::invalid("lora", "expected a model with adapters, got one without; with_lora makes one")
+}
+
+/// Values of the adapters alone, which lie in memory as files have them.
+struct Adapters<'a, F> {
+    tensors: &'a [TensorInfo],
+    slots: &'a [Slot],
+    read: F,
+}
+
+impl<F: Fn(Slot, &mut [f32]) -> Result<()>> TensorRead for Adapters<'_, F> {
+    fn tensors(&self) -> &[TensorInfo] {
+        self.tensors
+    }
+
+    fn read(&self, index: usize, out: &mut [f32], _: &mut Scratch) -> Result<()> {
+        (self.read)(self.slots[index], out)
     }
 }
 

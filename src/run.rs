@@ -155,7 +155,7 @@ impl TrainerOptions {
             let why = "ramping updates those less often whose codes oscillate";
             options.recipe.check_codes(config.layers, why)?;
         }
-        options.check_frozen()?;
+        options.check_frozen(config)?;
         if options.recipe.excepts_steps() && options.schedule.total_steps == 0 {
             let message = "bf16-last-steps is a part of a schedule's steps, whose number \
                            (total_steps) is not set; set it, or bf16-last-steps=0";
@@ -201,8 +201,8 @@ impl TrainerOptions {
     }
 
     /// An error where something moves weights that are to stay.
-    fn check_frozen(&self) -> Result<()> {
-        let message = if self.frozen.is_empty() {
+    fn check_frozen(&self, config: &ModelConfig) -> Result<()> {
+        let message = if self.frozen.is_empty() && config.lora.is_none() {
             return Ok(());
         } else if self.optimizer.ramping > 0 {
             format!(
@@ -214,7 +214,8 @@ impl TrainerOptions {
         } else {
             return Ok(());
         };
-        Err(Error::invalid("frozen", message))
+        let what = if self.frozen.is_empty() { "lora" } else { "frozen" };
+        Err(Error::invalid(what, message))
     }
 
     /// An error where something needs gradients in f32 that are kept in bf16.

@@ -27,6 +27,7 @@ mod gradients;
 mod head;
 mod host;
 mod linear;
+mod lora;
 mod memory;
 mod merge;
 mod norm;
@@ -52,6 +53,7 @@ pub use linear::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
     OutputGradient,
 };
+pub use lora::{Adapt, LoraBackward, LoraForward, LoraShape};
 pub use memory::{GradientPlace, Memory, Part, Slot};
 pub use merge::{Merge, MergeShape, Merged};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
@@ -143,6 +145,8 @@ pub struct WorkspaceShape<'a> {
     pub merge: Option<MergeShape>,
     /// Layers with packed weights, and what these are in ([`Decode`]): those of a decoder.
     pub packed: &'a [(LinearShape, DecoderWeights)],
+    /// What linear layers may have beside them.
+    pub adapters: &'a [LoraShape],
     /// Whether backward operations will run.
     pub backward: bool,
 }
@@ -187,7 +191,18 @@ impl StepPlan {
 
 /// A device that trains GPTs.
 pub trait Backend:
-    Memory + Embed + Norm + Select + Merge + Linear + Attend + Head + Exchange + Optimize + Follow
+    Memory
+    + Embed
+    + Norm
+    + Select
+    + Merge
+    + Linear
+    + Adapt
+    + Attend
+    + Head
+    + Exchange
+    + Optimize
+    + Follow
 {
     /// What [`Backend::recorded`] keeps for a trainer.
     type Recordings: Send;

@@ -11,7 +11,7 @@ use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::{arguments, buffers};
 use crate::reserve::{collect, reserve};
-use crate::{Activation, Model, ModelConfig, StoredWeights};
+use crate::{Activation, Lora, Model, ModelConfig, StoredWeights};
 
 /// Most dimensions that a tensor can have.
 pub const MXT_MAX_RANK: usize = 4;
@@ -33,6 +33,20 @@ pub enum mxt_activation {
     GeluTanh = 0,
     /// GELU itself, by the error function ("gelu").
     Gelu = 1,
+}
+
+/// The linear layers of a block, as bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_lora_layer {
+    /// What makes queries, keys and values: attn.c_attn.
+    AttnCAttn = 1,
+    /// What attention's result passes through: attn.c_proj.
+    AttnCProj = 2,
+    /// The first of the MLP: mlp.c_fc.
+    MlpCFc = 4,
+    /// The second of the MLP: mlp.c_proj.
+    MlpCProj = 8,
 }
 
 /// The number format of a tensor's values as they cross this interface.
@@ -77,6 +91,13 @@ pub struct mxt_model_config {
     /// 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
     /// 0.
     pub scale_attention_by_layer: i32,
+    /// What is trained beside linear layers, in the place of everything else, is of this rank (LoRA).
+    /// Default 0: nothing is.
+    pub lora_rank: usize,
+    /// Over the rank, the factor of what is added to a layer's result. 0 (default) is twice the rank.
+    pub lora_alpha: f32,
+    /// Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
+    pub lora_layers: u32,
 }
 versioned!(
     mxt_model_config,
@@ -85,7 +106,10 @@ versioned!(
     then activation: i32,
     then tied_head: i32,
     then scale_attention: i32,
-    then scale_attention_by_layer: i32
+    then scale_attention_by_layer: i32,
+    then lora_rank: usize,
+    then lora_alpha: f32,
+    then lora_layers: u32
 );
 
 impl Options for mxt_model_config {
@@ -113,6 +137,9 @@ impl From<&ModelConfig> for mxt_model_config {
             tied_head: config.tied_head.into(),
             scale_attention: config.scale_attention.into(),
             scale_attention_by_layer: config.scale_attention_by_layer.into(),
+            lora_rank: config.lora.map_or(0, |lora| lora.rank),
+            lora_alpha: config.lora.map_or(0.0, |lora| lora.alpha),
+            lora_layers: config.lora.map_or(0, |lora| bits_of(lora.layers)),
         }
     }
 }
@@ -151,6 +178,10 @@ impl mxt_model_config {
                 "scale_attention_by_layer",
                 self.scale_attention_by_layer,
             )?,
+            lora: match self.lora_rank {
+                0 => None,
+                rank => Some(lora(rank, self.lora_alpha, self.lora_layers)?),
+            },
         })
     }
 }
@@ -299,6 +330,125 @@ pub unsafe extern "C" fn mxt_model_save(model: *const mxt_model, dir: *const c_c
             let dir = arguments::path("dir", dir)?;
             let _reading = model.state.access().read()?;
             Ok(model.model.save(&dir)?)
+        })
+    }
+}
+
+const LORA_LAYERS: [mxt_lora_layer; 4] = [
+    mxt_lora_layer::AttnCAttn,
+    mxt_lora_layer::AttnCProj,
+    mxt_lora_layer::MlpCFc,
+    mxt_lora_layer::MlpCProj,
+];
+
+fn bits_of(layers: [bool; 4]) -> u32 {
+    let bits = LORA_LAYERS.into_iter().zip(layers).filter(|(_, is)| *is);
+    bits.map(|(layer, _)| layer as u32).sum()
+}
+
+/// Adapters as their three numbers say.
+fn lora(rank: usize, alpha: f32, layers: u32) -> Result<Lora, Failure> {
+    let all = bits_of([true; 4]);
+    if layers > all {
+        let message =
+            format!("expected a sum of some of mxt_lora_layer, at most {all}, got {layers}");
+        return Err(Failure::invalid("lora layers", message));
+    }
+    let layers = if layers == 0 { all } else { layers };
+    let layers = LORA_LAYERS.map(|layer| layers & layer as u32 != 0);
+    let alpha = if alpha == 0.0 { 2.0 * rank as f32 } else { alpha };
+    Ok(Lora { rank, alpha, layers })
+}
+
+/// Makes a model with the weights of `model`, which stays as it is, and adapters beside its linear
+/// layers (LoRA: x A^T B^T, times alpha / rank, is added to a layer's result), and stores it in
+/// `*adapted` for the caller to free. A trainer of it trains the adapters alone and has gradients and
+/// states of nothing else. A, "NAME.lora_A.weight" (rank, in), is drawn from the engine's seed; B,
+/// "NAME.lora_B.weight" (out, rank), is 0, so that it computes what `model` does. `alpha` is 0 for
+/// twice the rank; `layers` are some of mxt_lora_layer, 0 for all. Both models take memory.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a rank of 0, or a model that has adapters),
+/// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_with_lora(
+    model: *const mxt_model,
+    rank: usize,
+    alpha: f32,
+    layers: u32,
+    adapted: *mut *mut mxt_model,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_with_lora", model, |model| {
+            let out = arguments::place("adapted", adapted)?;
+            let lora = lora(rank, alpha, layers)?;
+            let _reading = model.state.access().read()?;
+            out.put(mxt_model::new(model.model.with_lora(lora)?)?.into_raw());
+            Ok(())
+        })
+    }
+}
+
+/// Makes a model of the weights of `model`, which stays as it is, with its adapters added to them, and
+/// stores it in `*merged` for the caller to free.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model without adapters),
+/// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_merge_lora(
+    model: *const mxt_model,
+    merged: *mut *mut mxt_model,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_merge_lora", model, |model| {
+            let out = arguments::place("merged", merged)?;
+            let _reading = model.state.access().read()?;
+            out.put(mxt_model::new(model.model.merge_lora()?)?.into_raw());
+            Ok(())
+        })
+    }
+}
+
+/// Saves the adapters of a model alone, as a folder that PEFT opens beside the model that they were
+/// made for: adapter_config.json and adapter_model.safetensors. As atomic as mxt_model_save.
+///
+/// Errors: those of mxt_model_save; MXT_ERROR_INVALID_ARGUMENT also for a model without adapters.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_save_lora(
+    model: *const mxt_model,
+    dir: *const c_char,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_save_lora", model, |model| {
+            let dir = arguments::path("dir", dir)?;
+            let _reading = model.state.access().read()?;
+            Ok(model.model.save_lora(&dir)?)
+        })
+    }
+}
+
+/// mxt_model_with_lora of adapters that PEFT or mxt_model_save_lora saved: LoRA of one rank, without
+/// DoRA, biases or further modules, the same in all blocks.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model that has adapters), MXT_ERROR_IO,
+/// MXT_ERROR_FORMAT (names the key or the tensor), MXT_ERROR_MISMATCH (adapters of another model),
+/// MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_load_lora(
+    model: *const mxt_model,
+    dir: *const c_char,
+    adapted: *mut *mut mxt_model,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_load_lora", model, |model| {
+            let out = arguments::place("adapted", adapted)?;
+            let dir = arguments::path("dir", dir)?;
+            let _reading = model.state.access().read()?;
+            out.put(mxt_model::new(model.model.load_lora(&dir)?)?.into_raw());
+            Ok(())
         })
     }
 }

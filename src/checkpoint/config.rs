@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::StoredWeights;
-use crate::gpt::{Activation, ModelConfig};
+use crate::gpt::{Activation, Lora, ModelConfig};
 use crate::{Error, Result};
 
 /// `config.json` as a model was loaded with it. What this library does not look at (special tokens,
@@ -49,10 +49,26 @@ pub(super) fn to_json(
             *dtype = json!(stored.dtype_name());
         }
     }
+    match config.lora {
+        Some(lora) => object.insert(LORA.into(), of_lora(&lora)),
+        None => object.remove(LORA),
+    };
     if parse(Path::new(""), &object).ok().as_ref() != Some(config) {
         object.extend(keys_of(config));
     }
     format!("{:#}\n", Value::Object(object))
+}
+
+/// The key of the adapters, whose weights lie beside the model's.
+///
+/// NOTE: transformers knows no such key and takes the model without its adapters, with a warning
+/// that it names their tensors in; for it they are saved alone, or merged.
+const LORA: &str = "mxfp4train_lora";
+
+fn of_lora(lora: &Lora) -> Value {
+    // The shortest decimal that gives this f32.
+    let alpha: Option<f64> = lora.alpha.to_string().parse().ok();
+    json!({ "rank": lora.rank, "alpha": alpha, "layers": lora.layer_names().collect::<Vec<_>>() })
 }
 
 /// The keys that say what the model computes.
@@ -117,6 +133,7 @@ fn parse(path: &Path, object: &Map<String, Value>) -> Result<ModelConfig> {
         tied_head: keys.flag("tie_word_embeddings", true)?,
         scale_attention: keys.flag("scale_attn_weights", true)?,
         scale_attention_by_layer: keys.flag("scale_attn_by_inverse_layer_idx", false)?,
+        lora: keys.lora()?,
     };
     if object.get("n_inner").and_then(Value::as_u64) == Some(0) {
         return Err(keys.error("n_inner", "null or a number from 1 on"));
@@ -168,6 +185,9 @@ pub(super) fn summary(config: &ModelConfig) -> String {
             text.push_str(&format!(" {key}={}", keys[&key]));
         }
     }
+    if let Some(lora) = &config.lora {
+        text.push_str(&format!(" {LORA}={}", of_lora(lora)));
+    }
     text
 }
 
@@ -212,6 +232,19 @@ impl Keys<'_> {
         };
         name.and_then(|name| name.parse().ok())
             .ok_or_else(|| self.error(KEY, "\"gelu_new\" (GELU's tanh form) or \"gelu\" (exact)"))
+    }
+
+    fn lora(&self) -> Result<Option<Lora>> {
+        let Some(value) = self.object.get(LORA) else { return Ok(None) };
+        let rank = value["rank"].as_u64().and_then(|rank| rank.try_into().ok());
+        let alpha = value["alpha"].as_number().and_then(|alpha| alpha.to_string().parse().ok());
+        let names = value["layers"].as_array();
+        let names = names.and_then(|names| names.iter().map(Value::as_str).collect::<Option<_>>());
+        let lora = rank.zip(alpha).zip(names).and_then(|((rank, alpha), names): (_, Vec<_>)| {
+            Some(Lora { rank, alpha, layers: Lora::layers_of(&names.join(",")).ok()? })
+        });
+        let lora = lora.ok_or_else(|| self.error(LORA, "rank, alpha and layers of adapters"))?;
+        Ok(Some(lora))
     }
 
     fn flag(&self, key: &str, default: bool) -> Result<bool> {

@@ -11,6 +11,7 @@
 //! shape that they were saved with, and the state knows the two tensor files beside it, so that
 //! damage and mixed-up files are errors and not a worse model.
 
+mod adapter;
 mod config;
 mod folder;
 mod found;
@@ -37,6 +38,7 @@ use crate::optim::moments::{E4m3, F16, GROUP, is_tensor_scale};
 use crate::reserve::{self, Spare};
 use crate::run::TrainerState;
 use crate::{Error, Result};
+pub(crate) use adapter::{AdapterFiles, save as save_adapters};
 pub(crate) use config::FoundConfig;
 pub(crate) use folder::{existing, put_back};
 pub(crate) use safetensors::tensor::Dtype;

@@ -342,6 +342,7 @@ impl<B: Backend + Decode> Cached<B> {
             recipes: &[*recipe.linear(0)],
             merge: None,
             packed: &packed,
+            adapters: &shapes.adapters()?,
             backward: false,
         };
         backend.supports(&shape)?;

@@ -38,6 +38,7 @@ impl<B: Backend> Room<B> {
             recipes: &[*recipe.linear(0)],
             merge: None,
             packed: &[],
+            adapters: &shapes.adapters()?,
             backward: false,
         };
         backend.supports(&shape)?;

@@ -66,6 +66,16 @@ pub(super) struct Dropping<B: Backend> {
     pub(super) input: B::Tensor,
 }
 
+/// What the linear layers of blocks make in the forward pass besides their results.
+pub(super) struct Beside<B: Backend> {
+    /// What they turned, by block. Where there is any, their backward passes read no input, and what
+    /// norms and GELU put out is not kept.
+    pub(super) turned: Vec<[B::Turned; LINEARS]>,
+    /// What lies between the two matrices of their adapters, (rows, rank); no layer where none has an
+    /// adapter.
+    pub(super) low: Layers<[Option<B::Tensor>; LINEARS]>,
+}
+
 /// Activations of one batch; rows = B T, or fewer within a block that drops tokens.
 pub(crate) struct Activations<B: Backend> {
     /// Input of each block, and the output of the last: (rows, C).
@@ -88,9 +98,7 @@ pub(crate) struct Activations<B: Backend> {
     pub(super) fc1: Layers<B::Tensor>,
     /// (rows, M)
     pub(super) gelu: Layers<B::Tensor>,
-    /// What the linear layers of each block turned in the forward pass. Where there is any, their
-    /// backward passes read no input, and what norms and GELU put out is not kept.
-    pub(super) turned: Vec<[B::Turned; LINEARS]>,
+    pub(super) beside: Beside<B>,
     pub(super) dropping: Option<Dropping<B>>,
     /// What a block adds to the residual stream: (rows, C).
     pub(super) branch: B::Tensor,
@@ -131,6 +139,8 @@ impl<B: Backend> Activations<B> {
             }
             None => (None, None, false),
         };
+        // Gradients of adapters read what layers read.
+        let everywhere = everywhere.filter(|_| config.lora.is_none());
         let turned = match everywhere.filter(|_| recompute == Some(Recompute::Nothing)) {
             Some(recipes) => turned(backend, arena, shapes, recipes)?,
             None => Vec::new(),
@@ -146,6 +156,14 @@ impl<B: Backend> Activations<B> {
         let tensors = |arena: &mut B::Arena, count: usize, width: usize| {
             Layers::new(count, || backend.tensor(arena, rows * width, precision))
         };
+        // Small, and nothing computes that of a block's last layer again.
+        let adapted = if config.lora.is_some() { numbers } else { 0 };
+        let low = Layers::new(adapted, || {
+            std::array::from_fn(|number| {
+                let adapter = shapes.adapter(number)?;
+                Some(backend.tensor(arena, rows * adapter.rank, precision))
+            })
+        })?;
         let statistics = |arena: &mut B::Arena| NormStatistics {
             mean: backend.f32(arena, rows),
             rstd: backend.f32(arena, rows),
@@ -163,7 +181,7 @@ impl<B: Backend> Activations<B> {
             ln_2_statistics: all_statistics(arena)?,
             fc1: tensors(arena, products, fc1.outputs)?,
             gelu: tensors(arena, pointwise, fc1.outputs)?,
-            turned,
+            beside: Beside { turned, low },
             dropping: drops.then(|| Dropping {
                 selection: backend.selection(arena, sequences, layers),
                 input: backend.tensor(arena, rows * c, precision),

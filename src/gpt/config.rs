@@ -8,6 +8,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::Lora;
 pub use crate::backend::Activation;
 use crate::{Error, Result};
 
@@ -38,6 +39,9 @@ pub struct ModelConfig {
     pub scale_attention: bool,
     /// Whether attention divides its scores by the number of its layer, from 1 on, as well.
     pub scale_attention_by_layer: bool,
+    /// What is trained beside the linear layers, in the place of everything else; None where nothing
+    /// is.
+    pub lora: Option<Lora>,
 }
 
 impl Default for ModelConfig {
@@ -54,6 +58,7 @@ impl Default for ModelConfig {
             tied_head: true,
             scale_attention: true,
             scale_attention_by_layer: false,
+            lora: None,
         }
     }
 }
@@ -92,7 +97,7 @@ impl ModelConfig {
         unscaled / number as f32
     }
 
-    /// Number of trained scalars.
+    /// Number of scalars in all tensors.
     pub fn parameter_count(&self) -> u64 {
         let [v, t, l, c, m] =
             [self.vocab_size, self.context_length, self.layers, self.channels, self.mlp_width()]
@@ -100,8 +105,15 @@ impl ModelConfig {
         let tables = if self.tied_head { v + t } else { 2 * v + t };
         // Per block: weights of attention and MLP, 5 C and M of their biases, 4 C of two
         // LayerNorms.
-        let block = 4 * c * c + 2 * c * m + 9 * c + m;
+        let block = 4 * c * c + 2 * c * m + 9 * c + m + self.adapters_of_a_block();
         tables * c + l * block + 2 * c
+    }
+
+    /// Scalars of the adapters of a block.
+    fn adapters_of_a_block(&self) -> u64 {
+        let Some(lora) = &self.lora else { return 0 };
+        let adapted = self.linears().into_iter().zip(lora.layers).filter(|(_, is)| *is);
+        adapted.map(|([inputs, outputs], _)| (lora.rank * (inputs + outputs)) as u64).sum()
     }
 
     /// Checks every field.
@@ -138,7 +150,7 @@ impl ModelConfig {
                 format!("expected a number between 0 and 1, got {}", self.layer_norm_epsilon),
             ));
         }
-        Ok(())
+        self.lora.as_ref().map_or(Ok(()), Lora::validate)
     }
 }
 

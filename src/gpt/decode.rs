@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::Shapes;
-use super::activations::Activations;
+use super::activations::{Activations, Beside};
 use super::params::{Linear, ParamTable};
 use super::pass::Pass;
 use crate::Result;
@@ -104,7 +104,7 @@ impl<B: Backend + Decode> Pass<'_, B> {
         for (l, block) in table.blocks.iter().enumerate() {
             let packed = &packed.blocks[l];
             let (y, x) = (&mut acts.qkv[l], &acts.ln_1[l]);
-            self.packed_linear(y, x, (block.qkv, packed), Epilogue::None);
+            self.packed_linear(y, x, (block.qkv, packed, &mut acts.beside), Epilogue::None);
             let (out, qkv, rows) = (&mut acts.attention[l], &acts.qkv[l], all / kept.len());
             let sequences = Sequences { batch: 1, length: rows };
             let shape = AttentionShape { sequences, ..shapes.attention(l) };
@@ -114,7 +114,7 @@ impl<B: Backend + Decode> Pass<'_, B> {
                 backend.attention_behind(self.workspace, out, qkv, kept, (tokens, of), shape);
             }
             let (y, x) = (&mut acts.branch, &acts.attention[l]);
-            self.packed_linear(y, x, (block.projection, packed), Epilogue::None);
+            self.packed_linear(y, x, (block.projection, packed, &mut acts.beside), Epilogue::None);
 
             let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
             let (x, y) = (&acts.residual[l], &acts.branch);
@@ -122,9 +122,9 @@ impl<B: Backend + Decode> Pass<'_, B> {
             self.add_norm(out, statistics, sum, block.ln_2, shapes.norm());
             let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
             let (y, x) = (&mut acts.fc1[l], &acts.ln_2[l]);
-            self.packed_linear(y, x, (block.fc1, packed), gelu);
+            self.packed_linear(y, x, (block.fc1, packed, &mut acts.beside), gelu);
             let (y, x) = (&mut acts.branch, &acts.gelu[l]);
-            self.packed_linear(y, x, (block.fc2, packed), Epilogue::None);
+            self.packed_linear(y, x, (block.fc2, packed, &mut acts.beside), Epilogue::None);
             self.end(acts, l);
         }
     }
@@ -146,14 +146,23 @@ impl<B: Backend + Decode> Pass<'_, B> {
         &mut self,
         y: &mut B::Tensor,
         x: &B::Tensor,
-        (layer, packed): (Linear, &[B::Packed; LINEARS]),
+        (layer, packed, beside): (Linear, &[B::Packed; LINEARS], &mut Beside<B>),
         epilogue: Epilogue<'_, B>,
     ) {
+        let (number, shapes) = (layer.number as usize, self.shapes());
+        let (epilogue, behind) = match layer.adapter {
+            Some(_) => (Epilogue::None, epilogue),
+            None => (epilogue, Epilogue::None),
+        };
         let [w, b] = [layer.w, layer.b].map(|slot| self.param(slot));
-        let operands = LinearForward { y, x, w, b, mean: None, epilogue, turned: None };
-        let number = layer.number as usize;
-        let (packed, shape) = (&packed[number], self.shapes().linears()[number]);
+        let operands = LinearForward { y: &mut *y, x, w, b, mean: None, epilogue, turned: None };
+        let (packed, shape) = (&packed[number], shapes.linears()[number]);
         self.backend.packed_forward(self.workspace, operands, packed, shape);
+        if let Some(adapter) = layer.adapter {
+            // All blocks share what is read at once.
+            let low = &mut beside.low[0][number];
+            self.adapt((y, low, x), adapter, shapes.adapter(number), behind);
+        }
     }
 }
 

@@ -29,13 +29,21 @@ impl Frozen {
         all.filter_map(|text| Some((text, Pattern::new(text).ok()?)))
     }
 
-    /// Where training finds each parameter: those that it leaves as they are have no elements there.
+    /// Where training finds each parameter: those that it leaves as they are have no elements there,
+    /// which beside adapters is all else.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub(crate) fn trained(&self, table: &ParamTable) -> Result<Vec<Slot>> {
         let slots = table.slots().iter().map(|slot| Ok(*slot));
         let mut slots = collect("a table of the parameters", slots)?;
+        if table.is_adapted() {
+            for (slot, spec) in slots.iter_mut().zip(table.specs()) {
+                if !spec.is_adapter {
+                    *slot = slot.untrained();
+                }
+            }
+        }
         for (_, pattern) in self.patterns() {
             for (slot, spec) in slots.iter_mut().zip(table.specs()) {
                 if pattern.matches(&spec.info()?.name) {

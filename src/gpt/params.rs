@@ -5,14 +5,15 @@
 //! with the table's ranges, so that pieces of a norm, buckets of an exchange and entries of a
 //! checkpoint are ranges of the same numbers.
 
-use super::ModelConfig;
+use super::{Lora, ModelConfig};
 use crate::Result;
 use crate::backend::Slot;
 use crate::optim::ParamKind;
 use crate::reserve::{collect, reserve, reuse, text};
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
-/// tensor `lm_head.weight`; a head that is the token embedding is not listed twice.
+/// tensor `lm_head.weight`; a head that is the token embedding is not listed twice. What LoRA adds
+/// to a layer follows its bias: `lora_A.weight` (rank, inputs), `lora_B.weight` (outputs, rank).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Hugging Face's name, such as `transformer.h.0.attn.c_attn.weight`.
@@ -88,6 +89,15 @@ pub(super) struct Linear {
     pub(super) b: Slot,
     /// Which one of its block, in [`ModelConfig::linears`] and in the counter of random bits.
     pub(super) number: u32,
+    /// What is trained beside it, where it is adapted.
+    pub(super) adapter: Option<Adapter>,
+}
+
+/// What LoRA adds to a linear layer, a (rank, inputs) and b (outputs, rank).
+#[derive(Clone, Copy)]
+pub(super) struct Adapter {
+    pub(super) a: Slot,
+    pub(super) b: Slot,
 }
 
 /// The weight of a block's linear layer: where it lies among all parameters, and where in buffers
@@ -113,13 +123,20 @@ impl ParamTable {
         let std = 0.02;
         let residual_std = std / (2.0 * config.layers as f32).sqrt();
         let (mut specs, mut slots, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
-        let count = 4 + 12 * config.layers + usize::from(!config.tied_head);
+        let lora = config.lora.as_ref();
+        let adapted = lora.map_or(0, |lora| lora.layers.into_iter().filter(|is| *is).count());
+        let count = 4 + (12 + 2 * adapted) * config.layers + usize::from(!config.tied_head);
         reserve(&mut specs, WHAT, count)?;
         reserve(&mut slots, WHAT, count)?;
         reserve(&mut blocks, WHAT, config.layers)?;
-        let mut next = 0;
-        let mut add = |layer, name, shape, transposed, init| {
-            let spec = ParamSpec { layer, name, shape, transposed, init };
+        // What models without adapters have is drawn as in these.
+        let (mut next, mut drawn) = (0, [0, 1 << 20]);
+        let mut add = |layer, name: &'static str, shape, transposed, init| {
+            let is_adapter = LORA_NAMES.iter().flatten().any(|of_adapter| *of_adapter == name);
+            let counter = &mut drawn[usize::from(is_adapter)];
+            let draw = *counter;
+            *counter += 1;
+            let spec = ParamSpec { layer, name, shape, transposed, init, is_adapter, draw };
             let (len, rows, kind) = (spec.len(), spec.rows(), spec.kind());
             let slot = Slot { index: specs.len(), start: next, len, rows, kind };
             next = (next + len).next_multiple_of(align);
@@ -137,7 +154,17 @@ impl ParamTable {
             let shape @ [_, outputs] = linears[number as usize];
             let w = add(Some(layer), w, shape, true, Init::Normal { std });
             let b = add(Some(layer), b, [outputs, 0], false, Init::Zeros);
-            Linear { w, b, number }
+            let of_layer = lora.filter(|lora| lora.layers[number as usize]);
+            let adapter = of_layer.map(|Lora { rank, .. }| {
+                let ([a, b], [inputs, outputs]) = (LORA_NAMES[number as usize], shape);
+                // What PEFT draws from has this deviation: even between +-1 / sqrt(inputs).
+                let std = (1.0 / (3.0 * inputs as f64).sqrt()) as f32;
+                Adapter {
+                    a: add(Some(layer), a, [*rank, inputs], false, Init::Normal { std }),
+                    b: add(Some(layer), b, [outputs, *rank], false, Init::Zeros),
+                }
+            });
+            Linear { w, b, number, adapter }
         };
         let add = &mut add;
         let wte = table(add, WTE, config.vocab_size);
@@ -178,6 +205,25 @@ impl ParamTable {
         self.blocks.iter().map(|block| block.ln_1.w)
     }
 
+    /// The weights of all linear layers in order, each with those of its adapter, A and B, where it
+    /// has one.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = (Slot, Option<[Slot; 2]>)> {
+        let linears = |block: &Block| [block.qkv, block.projection, block.fc1, block.fc2];
+        let of_linear = |linear: Linear| (linear.w, linear.adapter.map(|Adapter { a, b }| [a, b]));
+        self.blocks.iter().flat_map(linears).map(of_linear)
+    }
+
+    /// All adapters, in order.
+    pub(crate) fn adapters(&self) -> impl Iterator<Item = [Slot; 2]> {
+        self.linears().filter_map(|(_, adapter)| adapter)
+    }
+
+    /// All parameters but adapters, in order.
+    pub(crate) fn without_adapters(&self) -> impl Iterator<Item = Slot> {
+        let slots = self.slots.iter().zip(&self.specs);
+        slots.filter(|(_, spec)| !spec.is_adapter).map(|(slot, _)| *slot)
+    }
+
     /// Elements of a flat buffer that holds one for each parameter's.
     #[allow(clippy::len_without_is_empty, reason = "no model is without parameters")]
     pub(crate) fn len(&self) -> usize {
@@ -213,11 +259,24 @@ impl ParamTable {
         self.head.unwrap_or(self.wte)
     }
 
+    /// Whether linear layers have adapters.
+    pub(super) fn is_adapted(&self) -> bool {
+        self.specs.iter().any(|spec| spec.is_adapter)
+    }
+
     /// Whether the head is not the token embedding.
     pub(super) fn has_own_head(&self) -> bool {
         self.head.is_some()
     }
 }
+
+/// The adapters' names behind the block's, by number of the linear layer.
+const LORA_NAMES: [[&str; 2]; 4] = [
+    ["attn.c_attn.lora_A.weight", "attn.c_attn.lora_B.weight"],
+    ["attn.c_proj.lora_A.weight", "attn.c_proj.lora_B.weight"],
+    ["mlp.c_fc.lora_A.weight", "mlp.c_fc.lora_B.weight"],
+    ["mlp.c_proj.lora_A.weight", "mlp.c_proj.lora_B.weight"],
+];
 
 /// Adds a parameter: block, name, shape, whether it is transposed, initial values.
 type Add<'a> = dyn FnMut(Option<usize>, &'static str, [usize; 2], bool, Init) -> Slot + 'a;
@@ -236,6 +295,10 @@ pub(crate) struct ParamSpec {
     /// A linear weight: Hugging Face has (inputs, outputs), we hold (outputs, inputs).
     pub(crate) transposed: bool,
     pub(crate) init: Init,
+    /// What LoRA adds to a linear layer.
+    pub(crate) is_adapter: bool,
+    /// What its initial values are drawn as.
+    pub(crate) draw: u32,
 }
 
 /// Initial values.

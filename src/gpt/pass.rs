@@ -8,15 +8,16 @@
 //! gathered, go through it, and are put back; others pass by it unchanged, and so do their
 //! gradients. Kept positions ascend, so that a causal mask is the same to them.
 
-use super::activations::{ActivationGradients, Activations, Dropping, Layers};
-use super::params::{Linear, Matrix, Norm, ParamTable};
+use super::activations::{ActivationGradients, Activations, Beside, Dropping, Layers};
+use super::params::{Adapter, Linear, Matrix, Norm, ParamTable};
 use super::{ModelConfig, Shapes};
 use crate::Result;
 use crate::backend::{
     AttentionBackward, Backend, Classifier, ClassifierGradient, EmbeddingGradients, Epilogue,
-    FlatGradients, HostClassifier, HostLoss, LinearBackward, LinearForward, MergeShape, Merged,
-    NormBackward, NormParams, NormShape, NormStatistics, OutputGradient, Part, ResidualSum,
-    SelectShape, Selected, SelectedSum, Sequences, Slot, StepPlan,
+    FlatGradients, HostClassifier, HostLoss, LinearBackward, LinearForward, LoraBackward,
+    LoraForward, LoraShape, MergeShape, Merged, NormBackward, NormParams, NormShape,
+    NormStatistics, OutputGradient, Part, ResidualSum, SelectShape, Selected, SelectedSum,
+    Sequences, Slot, StepPlan,
 };
 use crate::formats::{LINEARS, LinearRecipe, Random, projections};
 
@@ -75,6 +76,9 @@ pub(crate) struct Place {
 /// What a trainer whose options drop tokens has made, and no other plan drops any.
 const HAS_ROOM: &str = "there is room for the rows that blocks keep";
 
+/// The table has adapters where the configuration has, and so have the activations.
+const HAS_ADAPTERS: &str = "there is room for what adapters make";
+
 impl Place {
     fn random(self, block: usize, linear: u32) -> Random {
         Random {
@@ -122,7 +126,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             self.attention(acts, l);
             self.mlp(acts, l);
             self.merge(&mut acts.gelu[l], block.fc2, l);
-            let at = (block.fc2, l, &mut acts.turned[..]);
+            let at = (block.fc2, l, &mut acts.beside);
             self.linear(&mut acts.branch, &acts.gelu[l], at, Epilogue::None);
             if self.drops(l) { self.end_kept(acts, l) } else { self.end(acts, l) }
         }
@@ -185,12 +189,12 @@ impl<'a, B: Backend> Pass<'a, B> {
         let block = &self.table.blocks[l];
         let shape = self.shapes_of(l).attention(l);
         self.merge(&mut acts.ln_1[l], block.qkv, l);
-        let at = (block.qkv, l, &mut acts.turned[..]);
+        let at = (block.qkv, l, &mut acts.beside);
         self.linear(&mut acts.qkv[l], &acts.ln_1[l], at, Epilogue::None);
         let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
         self.backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
         self.merge(&mut acts.attention[l], block.projection, l);
-        let at = (block.projection, l, &mut acts.turned[..]);
+        let at = (block.projection, l, &mut acts.beside);
         self.linear(&mut acts.branch, &acts.attention[l], at, Epilogue::None);
 
         let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
@@ -203,7 +207,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     fn mlp(&mut self, acts: &mut Activations<B>, l: usize) {
         self.merge(&mut acts.ln_2[l], self.table.blocks[l].fc1, l);
         let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
-        let at = (self.table.blocks[l].fc1, l, &mut acts.turned[..]);
+        let at = (self.table.blocks[l].fc1, l, &mut acts.beside);
         self.linear(&mut acts.fc1[l], &acts.ln_2[l], at, gelu);
     }
 
@@ -217,7 +221,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             self.ln_1(acts, l);
             self.attention(acts, l);
             self.mlp(acts, l);
-        } else if acts.gelu.is_shared() && acts.turned.is_empty() {
+        } else if acts.gelu.is_shared() && acts.beside.turned.is_empty() {
             let elements = self.sequences_of(l).rows() * self.config.mlp_width();
             self.ln_1(acts, l);
             let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
@@ -356,7 +360,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         l: usize,
         place: Place,
     ) {
-        let (block, at) = (&self.table.blocks[l], (place, l, &acts.turned[..]));
+        let (block, at) = (&self.table.blocks[l], (place, l, &acts.beside));
         let shapes = self.shapes_of(l);
 
         // MLP.
@@ -512,17 +516,43 @@ impl<'a, B: Backend> Pass<'a, B> {
         &mut self,
         y: &mut B::Tensor,
         x: &B::Tensor,
-        (layer, block, turned): (Linear, usize, &mut [[B::Turned; LINEARS]]),
+        (layer, block, beside): (Linear, usize, &mut Beside<B>),
         epilogue: Epilogue<'_, B>,
     ) {
+        let (number, Beside { turned, low }) = (layer.number as usize, beside);
+        // What an adapter adds comes before what a layer's result passes through.
+        let (epilogue, behind) = match layer.adapter {
+            Some(_) => (Epilogue::None, epilogue),
+            None => (epilogue, Epilogue::None),
+        };
         let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
         let mean = self.mean(block, layer);
         let turned = turned.get_mut(block).filter(|_| self.trains);
-        let turned = turned.map(|all| &mut all[layer.number as usize]);
-        let operands = LinearForward { y, x, w, b, mean, epilogue, turned };
-        let (shape, recipe) =
-            (self.shapes_of(block).linears()[layer.number as usize], self.recipe(block, layer));
-        self.backend.linear_forward(self.workspace, operands, shape, recipe);
+        let turned = turned.map(|all| &mut all[number]);
+        let operands = LinearForward { y: &mut *y, x, w, b, mean, epilogue, turned };
+        let (shapes, recipe) = (self.shapes_of(block), self.recipe(block, layer));
+        self.backend.linear_forward(self.workspace, operands, shapes.linears()[number], recipe);
+        if let Some(adapter) = layer.adapter {
+            let low = &mut low[block][number];
+            self.adapt((y, low, x), adapter, shapes.adapter(number), behind);
+        }
+    }
+
+    /// Adds an adapter's part to the result of its layer, and does what that passes through.
+    pub(super) fn adapt(
+        &mut self,
+        (y, low, x): (&mut B::Tensor, &mut Option<B::Tensor>, &B::Tensor),
+        adapter: Adapter,
+        shape: Option<LoraShape>,
+        behind: Epilogue<'_, B>,
+    ) {
+        let (shape, low) = shape.zip(low.as_mut()).expect(HAS_ADAPTERS);
+        let [a, b] = [adapter.a, adapter.b].map(|slot| self.backend.param(self.weights, slot));
+        let operands = LoraForward { y: &mut *y, low, x, a, b };
+        self.backend.lora_forward(self.workspace, operands, shape);
+        if let Epilogue::Gelu { out, form } = behind {
+            self.backend.gelu_forward(out, y, shape.rows * shape.outputs, form);
+        }
     }
 
     fn linear_backward(
@@ -532,17 +562,36 @@ impl<'a, B: Backend> Pass<'a, B> {
         dy: OutputGradient<'_, B>,
         x: &B::Tensor,
         layer: Linear,
-        (place, block, turned): (Place, usize, &[[B::Turned; LINEARS]]),
+        (place, block, Beside { turned, low }): (Place, usize, &Beside<B>),
     ) {
+        let (number, shapes) = (layer.number as usize, self.shapes_of(block));
+        let shape = shapes.linears()[number];
+        // An adapter's gradients read what the layer's would make on their way.
+        let dy = match (layer.adapter, dy) {
+            (Some(_), OutputGradient::BehindGelu { d, y, form }) => {
+                self.backend.gelu_backward(d, y, shape.rows * shape.outputs, form);
+                OutputGradient::Whole(&*d)
+            }
+            (_, dy) => dy,
+        };
+        let of_adapter = match (layer.adapter, &dy) {
+            (Some(adapter), OutputGradient::Whole(dy)) => Some((adapter, *dy)),
+            _ => None,
+        };
         let [dw, db] = grads.of(self.backend, [layer.w, layer.b]);
         let w = self.backend.param(self.weights, layer.w);
         let (mean, accumulate) = (self.mean(block, layer), self.plan.accumulate);
-        let turned = turned.get(block).map(|all| &all[layer.number as usize]);
-        let operands = LinearBackward { dx, dw, db, dy, x, turned, w, mean, accumulate };
-        let random = place.random(block, layer.number);
-        let (shape, recipe) =
-            (self.shapes_of(block).linears()[layer.number as usize], self.recipe(block, layer));
+        let turned = turned.get(block).map(|all| &all[number]);
+        let operands = LinearBackward { dx: &mut *dx, dw, db, dy, x, turned, w, mean, accumulate };
+        let (random, recipe) = (place.random(block, layer.number), self.recipe(block, layer));
         self.backend.linear_backward(self.workspace, operands, shape, recipe, &random);
+        let Some((Adapter { a, b }, dy)) = of_adapter else { return };
+        let (shape, low) =
+            shapes.adapter(number).zip(low[block][number].as_ref()).expect(HAS_ADAPTERS);
+        let [da, db] = grads.of(self.backend, [a, b]);
+        let [a, b] = [a, b].map(|slot| self.backend.param(self.weights, slot));
+        let operands = LoraBackward { dx, da, db, dy, x, low, a, b, accumulate };
+        self.backend.lora_backward(self.workspace, operands, shape);
     }
 
     /// Adds the norm's part to dx, given the gradient dy of its output.

@@ -1,10 +1,14 @@
 //! What a model tells a backend of itself: the shapes of its operations on a batch. The backend
 //! sizes its scratch memory by them, too, so that none knows an architecture.
 
-use super::ModelConfig;
+use super::{Lora, ModelConfig};
+use crate::Result;
 use crate::backend::{
-    AttentionShape, EmbeddingShape, HeadShape, LinearShape, NormShape, Precision, Sequences,
+    AttentionShape, EmbeddingShape, HeadShape, LinearShape, LoraShape, NormShape, Precision,
+    Sequences,
 };
+use crate::formats::LINEARS;
+use crate::reserve::collect;
 
 /// Shapes of a model's operations.
 #[derive(Clone, Copy)]
@@ -29,6 +33,23 @@ impl Shapes<'_> {
     pub(crate) fn linears(&self) -> [LinearShape; 4] {
         let rows = self.sequences.rows();
         self.config.linears().map(|[inputs, outputs]| LinearShape { rows, inputs, outputs })
+    }
+
+    /// The adapter beside linear layer `number` of a block, where it has one.
+    pub(super) fn adapter(&self, number: usize) -> Option<LoraShape> {
+        let lora = self.config.lora.as_ref().filter(|lora| lora.layers[number])?;
+        let (scale, Lora { rank, .. }) = (lora.scale(), *lora);
+        let LinearShape { rows, inputs, outputs } = self.linears()[number];
+        Some(LoraShape { rows, inputs, outputs, rank, scale, precision: self.precision })
+    }
+
+    /// All adapters of a block.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn adapters(&self) -> Result<Vec<LoraShape>> {
+        let adapters = (0..LINEARS).filter_map(|number| self.adapter(number)).map(Ok);
+        collect("the shapes of the adapters", adapters)
     }
 
     pub(crate) fn attention(&self, layer: usize) -> AttentionShape {

@@ -224,6 +224,7 @@ impl<B: Backend> Buffers<B> {
             recipes: &options.recipe.all(),
             merge: options.recipe.haste().map(of_bits),
             packed: &[],
+            adapters: &shapes.adapters()?,
             backward: true,
         };
         backend.supports(&shape)?;

@@ -221,6 +221,7 @@ impl Layer {
             recipes: &[*recipe],
             merge: None,
             packed: &[],
+            adapters: &[],
             backward: true,
         };
         match b.supports(&shape) {

@@ -15,6 +15,7 @@ mod embed;
 mod follow;
 mod head;
 mod linear;
+mod lora;
 mod memory;
 mod merge;
 mod muon;
@@ -123,6 +124,7 @@ suite! {
     norm: layernorm_forward add_layernorm_forward layernorm_backward;
     linear: linear_layers_follow_their_recipes linear_layers_with_gelu operands_turned_ahead
         nan_poisons_the_products_that_it_enters gelu;
+    lora: adapters;
     attend: attention;
     decode: few_rows_are_those_of_a_layer attention_in_pieces embedding_behind;
     head: classifier classifier_of_host a_loss_that_fails worst_losses the_worst_loss_of_five_logits
@@ -294,6 +296,7 @@ pub(in crate::backend) fn workspace<B: Harness>(
         recipes: &recipes,
         merge: Some(MergeShape { sequences, channels: 4 * c, hashes: MAX_HASHES }),
         packed: &packed,
+        adapters: &[],
         backward: true,
     };
     cut(b, |arena| b.workspace(arena, &shape))

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear, merge};
+use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear, lora, merge};
 use crate::Result;
 use crate::backend::{FlatGradients, GradientPlace, Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::{self, Draw};
@@ -58,6 +58,7 @@ impl Memory for Cpu {
 
     fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Workspace {
         let size = linear::scratch(self.isa(), shape)
+            .max(lora::scratch(self.isa(), shape))
             .max(attend::scratch(self.isa(), shape.attention, shape.backward))
             .max(head::scratch(self.isa(), shape.head, shape.backward))
             .max(merge::scratch(shape.merge));

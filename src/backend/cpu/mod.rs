@@ -18,6 +18,7 @@ mod head;
 mod isa;
 mod lanes;
 mod linear;
+mod lora;
 mod math;
 mod memory;
 mod merge;

@@ -24,6 +24,7 @@ mod gelu;
 mod head;
 mod kernels;
 mod linear;
+mod lora;
 mod memory;
 mod merge;
 mod muon;

@@ -46,6 +46,9 @@ pub(crate) struct Workspace {
     pub(super) attempt: Piece,
     /// Of products whose operands are made as numbers.
     pub(super) values: values::Room,
+    /// The gradient of what lies between the two matrices of an adapter: (rows, rank) in the
+    /// activations' precision.
+    pub(super) low: Piece,
     /// Of channels that are merged.
     pub(super) merge: merge::Room,
     /// One word: blocks whose scales were clamped since the last step ended.
@@ -62,6 +65,7 @@ impl Workspace {
             recipes,
             merge,
             packed,
+            adapters,
             backward: training,
         } = *shape;
         let HeadShape { rows, channels, vocab_size, precision } = head;
@@ -110,6 +114,8 @@ impl Workspace {
         let values = values::Size::new(shape, arena.capability());
         let laid_out = |(layer, weights): &_| Few::laid_out(*layer, *weights, precision);
         let laid_out = [0, packed.iter().map(laid_out).max().unwrap_or(0)];
+        let low = adapters.iter().map(|of| of.rows * of.rank * of.precision.size());
+        let low = low.filter(|_| training).max().unwrap_or(0);
         let mut room = |side: usize| Room {
             elements: arena
                 .bytes((operands[side] * 2).max(values.operands[side]).max(laid_out[side])),
@@ -135,6 +141,7 @@ impl Workspace {
             attempt: arena.bytes(4 * BehindGelu::WORDS as usize),
             clamped: arena.bytes(4),
             values: values.cut(arena),
+            low: arena.bytes(low),
             merge: merge::Room::new(arena, merge),
         }
     }

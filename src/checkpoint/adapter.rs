@@ -1,0 +1,209 @@
+//! Adapters alone, as PEFT's folders have them: `adapter_config.json` and
+//! `adapter_model.safetensors`.
+//!
+//! PEFT names tensors by the modules of the model that it wraps, `base_model.model.` and our name.
+//! Which layers are adapted is read from the tensors, not from `target_modules`, in which one word
+//! may stand for several layers and be a pattern.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::tensors::{self, FLOATS, TensorFile};
+use super::{TensorRead, check_is_file, folder, name_all, read_json};
+use crate::gpt::{Lora, ModelConfig, TensorInfo};
+use crate::{Error, Result};
+
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+
+/// In front of our names.
+const PREFIX: &str = "base_model.model.";
+
+/// Writes the folder, or leaves the one that is there untouched; `adapters` reads nothing else.
+///
+/// # Errors
+/// As of `save` beside.
+pub(crate) fn save(dir: &Path, lora: &Lora, adapters: &dyn TensorRead) -> Result<()> {
+    folder::replace(dir, &[CONFIG, TENSORS], TENSORS, |new| {
+        folder::write_file(&new.join(CONFIG), to_json(lora).as_bytes())?;
+        let named = name_all(adapters, |name| format!("{PREFIX}{name}"));
+        tensors::write(&new.join(TENSORS), &named, &[("format", "pt".into())])?;
+        Ok(())
+    })
+}
+
+fn to_json(lora: &Lora) -> String {
+    let Lora { rank, alpha, .. } = lora;
+    // PEFT's own is a whole number.
+    let alpha =
+        if alpha.fract() == 0.0 && *alpha < 1e9 { json!(*alpha as u64) } else { json!(alpha) };
+    let object = json!({
+        "alpha_pattern": {},
+        "auto_mapping": null,
+        "base_model_name_or_path": null,
+        "bias": "none",
+        "fan_in_fan_out": true,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "revision": null,
+        "target_modules": lora.layer_names().collect::<Vec<_>>(),
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": false,
+    });
+    format!("{object:#}\n")
+}
+
+/// An open folder of adapters.
+pub(crate) struct AdapterFiles {
+    path: PathBuf,
+    file: File,
+    lora: Lora,
+}
+
+impl AdapterFiles {
+    /// Opens the folder of adapters for a model of this shape.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] for what is no such folder or has adapters of another kind;
+    /// [`Error::Mismatch`] for those of another model.
+    pub(crate) fn open(dir: &Path, model: &ModelConfig) -> Result<Self> {
+        let open = |name: &str| {
+            let path = dir.join(name);
+            let file = File::open(&path).map_err(Error::io("open", &path))?;
+            check_is_file(&path, &file)?;
+            Ok::<_, Error>((path, file))
+        };
+        let (config, text) = open(CONFIG)?;
+        let text = read_json(&config, &text)?;
+        let (rank, alpha) = parse(&config, &text)?;
+        let (path, file) = open(TENSORS)?;
+        let layers = layers_of(&TensorFile::open(&path, &file)?);
+        let lora = Lora { rank, alpha, layers };
+        lora.validate().map_err(|error| Error::format(&config, error.to_string()))?;
+        let adapted = ModelConfig { lora: Some(lora), ..model.clone() };
+        // Before anyone allocates memory for what a damaged file announces.
+        let (count, bytes) = (adapted.parameter_count() - model.parameter_count(), file.metadata());
+        let bytes = bytes.map_err(Error::io("open", &path))?.len();
+        if count.saturating_mul(2) > bytes {
+            let message = format!(
+                "{} adapters of rank {rank} for this model have {count} numbers, and the file has \
+                 only {bytes} bytes: it is cut off, or of another model",
+                lora.layer_names().count() * model.layers
+            );
+            return Err(Error::mismatch(&path, message));
+        }
+        Ok(Self { path, file, lora })
+    }
+
+    /// What it says of them.
+    pub(crate) fn lora(&self) -> Lora {
+        self.lora
+    }
+
+    /// Calls `write(index, values)` for every entry of `tensors`, in order.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for a missing or damaged tensor, [`Error::Mismatch`] for one of another
+    /// shape or one that the model has no place for, [`Error::NotFinite`].
+    pub(crate) fn read(
+        &self,
+        tensors: &[TensorInfo],
+        write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let file = TensorFile::open(&self.path, &self.file)?;
+        let names = file.names();
+        let ours = |name: &str| name.strip_prefix(PREFIX).map(whole_name);
+        file.check_surplus(|name| {
+            ours(name).is_some_and(|name| tensors.iter().any(|tensor| tensor.name == name))
+        })?;
+        let mut values = Vec::new();
+        for (index, tensor) in tensors.iter().enumerate() {
+            let name = names.iter().find(|name| ours(name).is_some_and(|n| n == tensor.name));
+            let Some(name) = name else {
+                let message = format!(
+                    "tensor {PREFIX}{}: missing; every block has the same adapters",
+                    tensor.name
+                );
+                return Err(Error::format(&self.path, message));
+            };
+            file.read(name, &tensor.shape, &FLOATS, &mut values)?;
+            write(index, &values)?;
+        }
+        Ok(())
+    }
+}
+
+/// Of a model without its head, names lack this.
+fn whole_name(name: &str) -> String {
+    const MODEL: &str = "transformer.";
+    if name.starts_with(MODEL) { name.to_owned() } else { format!("{MODEL}{name}") }
+}
+
+/// Which layers of any block have an adapter.
+fn layers_of(file: &TensorFile<'_>) -> [bool; 4] {
+    let names = file.names();
+    Lora::LAYERS.map(|layer| {
+        let end = format!(".{layer}.lora_A.weight");
+        names.iter().any(|name| name.ends_with(&end))
+    })
+}
+
+/// Rank and alpha, where nothing else than LoRA itself is asked for.
+fn parse(path: &Path, text: &[u8]) -> Result<(usize, f32)> {
+    let object: Map<String, Value> = serde_json::from_slice(text)
+        .map_err(|e| Error::format(path, format!("expected a JSON object: {e}")))?;
+    let error = |key: &str, expected: &str| {
+        let found = object.get(key).map_or("no such key".to_owned(), Value::to_string);
+        Error::format(path, format!("{key}: expected {expected}, found {found}"))
+    };
+    if object.get("peft_type") != Some(&json!("LORA")) {
+        return Err(error("peft_type", "\"LORA\""));
+    }
+    // What each of them may say without changing what adapters compute.
+    let is_empty = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(values) => values.is_empty(),
+        Value::Object(values) => values.is_empty(),
+        _ => false,
+    };
+    for key in [
+        "alpha_pattern",
+        "layer_replication",
+        "layers_to_transform",
+        "lora_bias",
+        "modules_to_save",
+        "rank_pattern",
+        "target_parameters",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+    ] {
+        if object.get(key).is_some_and(|value| !is_empty(value)) {
+            return Err(error(key, "none: adapters here are of one rank, without further parts"));
+        }
+    }
+    if object.get("bias").is_some_and(|value| *value != json!("none")) {
+        return Err(error("bias", "\"none\""));
+    }
+    let rank = object.get("r").and_then(Value::as_u64).and_then(|rank| rank.try_into().ok());
+    let alpha = match object.get("lora_alpha") {
+        Some(Value::Number(number)) => number.to_string().parse().ok(),
+        _ => None,
+    };
+    match (rank, alpha) {
+        (None, _) => Err(error("r", "a whole number")),
+        (_, None) => Err(error("lora_alpha", "a number")),
+        (Some(rank), Some(alpha)) => Ok((rank, alpha)),
+    }
+}
