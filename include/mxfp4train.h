@@ -221,6 +221,18 @@ typedef enum mxt_dtype {
   MXT_DTYPE_F32 = 0,
 } mxt_dtype;
 
+// The linear layers of a block, as bits.
+typedef enum mxt_lora_layer {
+  // What makes queries, keys and values: attn.c_attn.
+  MXT_LORA_LAYER_ATTN_C_ATTN = 1,
+  // What attention's result passes through: attn.c_proj.
+  MXT_LORA_LAYER_ATTN_C_PROJ = 2,
+  // The first of the MLP: mlp.c_fc.
+  MXT_LORA_LAYER_MLP_C_FC = 4,
+  // The second of the MLP: mlp.c_proj.
+  MXT_LORA_LAYER_MLP_C_PROJ = 8,
+} mxt_lora_layer;
+
 // What the weights of a saved model are stored as.
 typedef enum mxt_stored_weights {
   // f32, as they are.

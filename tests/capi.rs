@@ -55,6 +55,11 @@ fn a_step_in_parts() {
 }
 
 #[test]
+fn adapters_and_frozen_tensors() {
+    run("lora.c", Link::Shared);
+}
+
+#[test]
 fn data_of_the_host() {
     run("windows.c", Link::Shared);
 }

@@ -476,6 +476,33 @@ class Model {
     return detail::finish(mxt_model_save_as(get(), dir.c_str(), weights));
   }
 
+  // A model of these weights with adapters, which a trainer of it trains alone. `alpha` is 0 for
+  // twice the rank, `layers` are some of mxt_lora_layer, 0 for all.
+  outcome<Model> with_lora(std::size_t rank, float alpha = 0, std::uint32_t layers = 0) const {
+    mxt_model *adapted = nullptr;
+    const mxt_status status = mxt_model_with_lora(get(), rank, alpha, layers, &adapted);
+    return detail::finish(status, Model(adapted));
+  }
+
+  // The same with the adapters of a folder, PEFT's or that of save_lora.
+  outcome<Model> load_lora(const std::string &dir) const {
+    mxt_model *adapted = nullptr;
+    const mxt_status status = mxt_model_load_lora(get(), dir.c_str(), &adapted);
+    return detail::finish(status, Model(adapted));
+  }
+
+  // A model with the adapters added to its weights.
+  outcome<Model> merge_lora() const {
+    mxt_model *merged = nullptr;
+    const mxt_status status = mxt_model_merge_lora(get(), &merged);
+    return detail::finish(status, Model(merged));
+  }
+
+  // The adapters alone, as a folder that PEFT opens.
+  outcome<void> save_lora(const std::string &dir) const {
+    return detail::finish(mxt_model_save_lora(get(), dir.c_str()));
+  }
+
   outcome<ModelConfig> config() const {
     ModelConfig config;
     const mxt_status status = mxt_model_get_config(get(), &config);

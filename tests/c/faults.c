@@ -325,7 +325,12 @@ int main(int argc, char **argv) {
 
   MODEL_PANICS(mxt_model_save(model, folder));
   MODEL_PANICS(mxt_model_save_as(model, folder, MXT_STORED_WEIGHTS_BF16));
+  MODEL_PANICS(mxt_model_with_lora(model, 1, 0, 0, &other));
+  MODEL_PANICS(mxt_model_merge_lora(model, &other));
+  MODEL_PANICS(mxt_model_save_lora(model, folder));
+  MODEL_PANICS(mxt_model_load_lora(model, folder, &other));
   MODEL_PANICS(mxt_model_get_config(model, &config));
+  CHECK(other == NULL);
   MODEL_PANICS(mxt_model_tensor_info(model, 0, &info));
   MODEL_PANICS(mxt_model_tensor_read(model, "transformer.ln_f.bias", values, 16));
   MODEL_PANICS(mxt_model_tensor_write(model, "transformer.ln_f.bias", values, 16));

@@ -52,6 +52,15 @@ int main(void) {
   IS_NULL("dir", mxt_model_save(model, NULL));
   IS_NULL("model", mxt_model_save_as(NULL, "x", MXT_STORED_WEIGHTS_F32));
   IS_NULL("dir", mxt_model_save_as(model, NULL, MXT_STORED_WEIGHTS_F32));
+  IS_NULL("model", mxt_model_with_lora(NULL, 1, 0, 0, &no_model));
+  IS_NULL("adapted", mxt_model_with_lora(model, 1, 0, 0, NULL));
+  IS_NULL("model", mxt_model_merge_lora(NULL, &no_model));
+  IS_NULL("merged", mxt_model_merge_lora(model, NULL));
+  IS_NULL("model", mxt_model_save_lora(NULL, "x"));
+  IS_NULL("dir", mxt_model_save_lora(model, NULL));
+  IS_NULL("model", mxt_model_load_lora(NULL, "x", &no_model));
+  IS_NULL("dir", mxt_model_load_lora(model, NULL, &no_model));
+  IS_NULL("adapted", mxt_model_load_lora(model, "x", NULL));
   IS_NULL("model", mxt_model_get_config(NULL, &seen_config));
   IS_NULL("config", mxt_model_get_config(model, NULL));
   CHECK(mxt_model_parameter_count(NULL) == 0 && mxt_model_tensor_count(NULL) == 0);

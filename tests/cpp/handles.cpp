@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <array>
+#include <filesystem>
 #include <optional>
+#include <random>
 #if defined(__has_include) && __has_include(<span>)
 #include <span>
 #endif
@@ -269,10 +271,41 @@ static void watches() {
         [&] { rounding.weight_metrics("transformer.wte.weight"); });
 }
 
+static void adapters() {
+  mxt::Engine engine(one_thread());
+  mxt::Model base(engine, small_config());
+  mxt::Model adapted = base.with_lora(2, 0, MXT_LORA_LAYER_MLP_C_FC);
+  CHECK(adapted.config().lora_rank == 2 && adapted.config().lora_alpha == 4);
+  mxt::Trainer trainer(adapted, small_options());
+  const auto dataset = mxt::Dataset::from_tokens(some_tokens());
+  for (int i = 0; i < 3; i++) trainer.step(dataset);
+  const std::string fc = "transformer.h.0.mlp.c_fc.";
+  CHECK(adapted.read(fc + "weight") == base.read(fc + "weight"));
+  const std::string dir = (std::filesystem::temp_directory_path() /
+                           ("mxt-lora-" + std::to_string(std::random_device{}())))
+                              .string();
+  adapted.save_lora(dir);
+  const mxt::Model again = base.load_lora(dir);
+  std::filesystem::remove_all(dir);
+  CHECK(again.read(fc + "lora_B.weight") == adapted.read(fc + "lora_B.weight"));
+  CHECK(again.merge_lora().read(fc + "weight") != base.read(fc + "weight"));
+  fails(MXT_ERROR_INVALID_ARGUMENT, "adapters", [&] { base.merge_lora(); });
+  fails(MXT_ERROR_INVALID_ARGUMENT, "lora", [&] { base.with_lora(0); });
+
+  mxt::TrainerOptions options = small_options();
+  options.frozen = "transformer.h.*";
+  mxt::Trainer partly(base, options);
+  const std::vector<float> before = base.read(fc + "weight");
+  partly.step(dataset);
+  CHECK(base.read(fc + "weight") == before);
+  CHECK(std::string(partly.options().frozen) == "transformer.h.*");
+}
+
 int main() {
   errors();
   moves_and_lifetimes();
   tensors();
   watches();
+  adapters();
   return 0;
 }

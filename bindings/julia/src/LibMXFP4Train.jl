@@ -211,6 +211,28 @@ const MXT_ACTIVATION_GELU = Int32(1)
 """
 const MXT_DTYPE_F32 = Int32(0)
 
+# mxt_lora_layer: The linear layers of a block, as bits.
+
+"""
+What makes queries, keys and values: attn.c_attn.
+"""
+const MXT_LORA_LAYER_ATTN_C_ATTN = Int32(1)
+
+"""
+What attention's result passes through: attn.c_proj.
+"""
+const MXT_LORA_LAYER_ATTN_C_PROJ = Int32(2)
+
+"""
+The first of the MLP: mlp.c_fc.
+"""
+const MXT_LORA_LAYER_MLP_C_FC = Int32(4)
+
+"""
+The second of the MLP: mlp.c_proj.
+"""
+const MXT_LORA_LAYER_MLP_C_PROJ = Int32(8)
+
 # mxt_stored_weights: What the weights of a saved model are stored as.
 
 """
@@ -695,6 +717,13 @@ struct mxt_model_config
     # 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
     # 0.
     scale_attention_by_layer::Int32
+    # What is trained beside linear layers, in the place of everything else, is of this rank (LoRA).
+    # Default 0: nothing is.
+    lora_rank::Csize_t
+    # Over the rank, the factor of what is added to a layer's result. 0 (default) is twice the rank.
+    lora_alpha::Cfloat
+    # Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
+    lora_layers::UInt32
 end
 
 """
@@ -1446,6 +1475,78 @@ function mxt_model_save(model, dir)
     return @ccall libmxfp4train.mxt_model_save(
         model::Ptr{mxt_model},
         dir::Cstring
+    )::mxt_status
+end
+
+"""
+    mxt_model_with_lora(model, rank, alpha, layers, adapted)
+
+Makes a model with the weights of `model`, which stays as it is, and adapters beside its linear
+layers (LoRA: x A^T B^T, times alpha / rank, is added to a layer's result), and stores it in
+`*adapted` for the caller to free. A trainer of it trains the adapters alone and has gradients and
+states of nothing else. A, \"NAME.lora_A.weight\" (rank, in), is drawn from the engine's seed; B,
+\"NAME.lora_B.weight\" (out, rank), is 0, so that it computes what `model` does. `alpha` is 0 for
+twice the rank; `layers` are some of mxt_lora_layer, 0 for all. Both models take memory.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a rank of 0, or a model that has adapters),
+MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+"""
+function mxt_model_with_lora(model, rank, alpha, layers, adapted)
+    return @ccall libmxfp4train.mxt_model_with_lora(
+        model::Ptr{mxt_model},
+        rank::Csize_t,
+        alpha::Cfloat,
+        layers::UInt32,
+        adapted::Ptr{Ptr{mxt_model}}
+    )::mxt_status
+end
+
+"""
+    mxt_model_merge_lora(model, merged)
+
+Makes a model of the weights of `model`, which stays as it is, with its adapters added to them, and
+stores it in `*merged` for the caller to free.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model without adapters),
+MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+"""
+function mxt_model_merge_lora(model, merged)
+    return @ccall libmxfp4train.mxt_model_merge_lora(
+        model::Ptr{mxt_model},
+        merged::Ptr{Ptr{mxt_model}}
+    )::mxt_status
+end
+
+"""
+    mxt_model_save_lora(model, dir)
+
+Saves the adapters of a model alone, as a folder that PEFT opens beside the model that they were
+made for: adapter_config.json and adapter_model.safetensors. As atomic as mxt_model_save.
+
+Errors: those of mxt_model_save; MXT_ERROR_INVALID_ARGUMENT also for a model without adapters.
+"""
+function mxt_model_save_lora(model, dir)
+    return @ccall libmxfp4train.mxt_model_save_lora(
+        model::Ptr{mxt_model},
+        dir::Cstring
+    )::mxt_status
+end
+
+"""
+    mxt_model_load_lora(model, dir, adapted)
+
+mxt_model_with_lora of adapters that PEFT or mxt_model_save_lora saved: LoRA of one rank, without
+DoRA, biases or further modules, the same in all blocks.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model that has adapters), MXT_ERROR_IO,
+MXT_ERROR_FORMAT (names the key or the tensor), MXT_ERROR_MISMATCH (adapters of another model),
+MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+"""
+function mxt_model_load_lora(model, dir, adapted)
+    return @ccall libmxfp4train.mxt_model_load_lora(
+        model::Ptr{mxt_model},
+        dir::Cstring,
+        adapted::Ptr{Ptr{mxt_model}}
     )::mxt_status
 end
 

@@ -50,10 +50,10 @@ using Serialization: Serialization
 
 export Dataset, Decoder, Engine, Group, IGNORED, MXFP4Error, Model, Snapshot, Tensors, Trainer
 export clear_stop, config, coverage, evaluate!, fork!, forward_backward!, generate, generate!,
-    gradients, logits, logits_from, max_token, next_logits, options, parameter_count, plan, renew!,
-    request_stop, rewind!, run!, scale_gradients!, schedule_start, score, set_lr!, set_schedule!,
+    gradients, load_lora, logits, logits_from, max_token, merge_lora, next_logits, options, parameter_count, plan, renew!,
+    request_stop, rewind!, run!, save_lora, scale_gradients!, schedule_start, score, set_lr!, set_schedule!,
     set_sharpness!, step!, steps, steps_done, tensor_update, tensors, tokens, update!, use_schedule!,
-    watch_updates!, watch_weights!, weight_metrics, zero_gradients!
+    watch_updates!, watch_weights!, weight_metrics, with_lora, zero_gradients!
 
 include("LibMXFP4Train.jl")
 const Lib = LibMXFP4Train

@@ -3,10 +3,11 @@
 """
     Model(engine; vocab_size = 50257, context_length = 1024, layers = 12, heads = 12, channels = 768,
         mlp_channels = 4channels, activation = :gelu_tanh, tied_head = true, scale_attention = true,
-        scale_attention_by_layer = false)
+        scale_attention_by_layer = false, lora_rank = 0, lora_alpha = 0, lora_layers = LORA_LAYERS)
 
 A model with random initial weights, drawn from the engine's seed. The defaults are GPT-2 small.
 `activation` is `:gelu_tanh` or `:gelu`. With `tied_head = false` there is a tensor `lm_head.weight`.
+With a `lora_rank` there are adapters, as [`with_lora`](@ref) makes them.
 
     Model(trainer)
 
@@ -54,6 +55,69 @@ function save(model::Model, folder::AbstractString; weights::Symbol = :f32)
     return call(() -> Lib.mxt_model_save_as(model, text, number), model)
 end
 
+const LORA_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+# Linear layers as C's bits; all are 0.
+function lora_bits(layers)
+    return UInt32(sum(layers; init = 0) do layer
+        number = findfirst(==(string(layer)), LORA_LAYERS)
+        if number === nothing
+            throw(ArgumentError("layers: expected some of $LORA_LAYERS, got $(repr(layer))"))
+        end
+        return 1 << (number - 1)
+    end)
+end
+
+"""
+    with_lora(model; rank = 8, alpha = 2rank, layers = MXFP4Train.LORA_LAYERS)
+
+A new model with the weights of `model`, which stays as it is, and adapters (LoRA) beside its linear
+layers, which change nothing yet. A [`Trainer`](@ref) of it trains the adapters alone. `layers` are some
+of `"attn.c_attn"`, `"attn.c_proj"`, `"mlp.c_fc"`, `"mlp.c_proj"`, of every block. Both models take
+memory.
+"""
+function with_lora(model::Model; rank::Integer = 8, alpha::Real = 2rank, layers = LORA_LAYERS)
+    bits = lora_bits(layers)
+    bits == 0 && throw(ArgumentError("layers: expected some of $LORA_LAYERS, got none"))
+    return made(handle -> Model(handle, model.engine), Lib.mxt_model, model) do handle
+        Lib.mxt_model_with_lora(model, rank, alpha, bits, handle)
+    end
+end
+
+"""
+    load_lora(model, folder)
+
+[`with_lora`](@ref) of the adapters that PEFT or [`save_lora`](@ref) saved: LoRA of one rank, without
+DoRA, biases or further modules, the same in all blocks.
+"""
+function load_lora(model::Model, folder::AbstractString)
+    text = text_or_nothing("folder", folder)
+    return made(handle -> Model(handle, model.engine), Lib.mxt_model, model) do handle
+        Lib.mxt_model_load_lora(model, text, handle)
+    end
+end
+
+"""
+    merge_lora(model)
+
+A new model with the adapters of `model` added to its weights.
+"""
+function merge_lora(model::Model)
+    return made(handle -> Model(handle, model.engine), Lib.mxt_model, model) do handle
+        Lib.mxt_model_merge_lora(model, handle)
+    end
+end
+
+"""
+    save_lora(model, folder)
+
+Saves the adapters alone, as a folder that PEFT opens beside the model that they were made for.
+"""
+function save_lora(model::Model, folder::AbstractString)
+    text = text_or_nothing("folder", folder)
+    return call(() -> Lib.mxt_model_save_lora(model, text), model)
+end
+
 """
     config(model)
 
@@ -68,6 +132,9 @@ function config(model::Model)
         tied_head = found.tied_head != 0,
         scale_attention = found.scale_attention != 0,
         scale_attention_by_layer = found.scale_attention_by_layer != 0,
+        lora_layers = Tuple(
+            LORA_LAYERS[i] for i in 1:4 if found.lora_layers >> (i - 1) & 1 == 1
+        ),
     ))
 end
 
@@ -249,6 +316,7 @@ function model_config(;
     tied_head::Bool = true,
     scale_attention::Bool = true,
     scale_attention_by_layer::Bool = false,
+    lora_layers = (),
     fields...,
 )
     number = findfirst(==(activation), ACTIVATIONS)
@@ -260,6 +328,7 @@ function model_config(;
         tied_head = tied_head,
         scale_attention = scale_attention,
         scale_attention_by_layer = scale_attention_by_layer,
+        lora_layers = lora_bits(lora_layers),
     )
     return filled(Lib.mxt_model_config, Lib.mxt_model_config_init, fields, managed)
 end

@@ -253,6 +253,36 @@ IS_WHOLE && @testset "model and tensors" begin
     end
 end
 
+IS_WHOLE && @testset "adapters and frozen tensors" begin
+    base, data = new_model(), new_dataset()
+    adapted = with_lora(base; rank = 3, layers = ("attn.c_attn", "mlp.c_proj"))
+    shape = config(adapted)
+    @test shape.lora_rank == 3 && shape.lora_alpha == 6
+    @test shape.lora_layers == ("attn.c_attn", "mlp.c_proj") && config(base).lora_layers == ()
+    trainer = Trainer(adapted; batch_size = 2, lr = 1e-2)
+    foreach(_ -> step!(trainer, data), 1:3)
+    name, of_b = "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.lora_B.weight"
+    @test tensors(adapted)[name] == tensors(base)[name] && any(!=(0), tensors(adapted)[of_b])
+    mktempdir() do folder
+        save_lora(adapted, folder)
+        again = load_lora(base, folder)
+        @test tensors(again)[of_b] == tensors(adapted)[of_b]
+        @test tensors(merge_lora(again))[name] != tensors(base)[name]
+    end
+    @test_throws ArgumentError with_lora(base; layers = ("c_attn",))
+    @test_throws ArgumentError with_lora(base; layers = ())
+    @test status_of(() -> with_lora(base; rank = 0)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    @test status_of(() -> merge_lora(base)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    needed = plan(new_engine(); model = (; SMALL..., lora_rank = 2), trainer = (batch_size = 2,))
+    @test needed.gradients < plan(new_engine(); model = SMALL, trainer = (batch_size = 2,)).gradients
+
+    frozen = Trainer(base; batch_size = 2, lr = 1e-2, frozen = "transformer.h.*")
+    before = tensors(base)[name]
+    step!(frozen, data)
+    @test tensors(base)[name] == before && options(frozen).frozen == "transformer.h.*"
+    @test status_of(() -> gradients(frozen)[name]) == Lib.MXT_ERROR_INVALID_ARGUMENT
+end
+
 IS_WHOLE && @testset "dataset" begin
     tokens = [(i * i + i ÷ 7) % 29 for i in 0:3999]
     dataset = new_dataset()

@@ -214,3 +214,47 @@ def test_shapes(engine):
     config = mxt.Model(engine, **SHAPE, activation="gelu", tied_head=False).config
     assert (config.activation, config.tied_head, config.architecture) == ("gelu", False, "gpt2")
     assert config.mlp_channels == 0 and config.vocab_size == 61
+
+
+def test_adapters_train_beside_weights_that_stay(engine, dataset, tmp_path):
+    base = mxt.Model(engine, **SHAPE)
+    adapted = base.with_lora(4, layers=["attn.c_attn", "mlp.c_fc"])
+    assert (adapted.config.lora_rank, adapted.config.lora_alpha) == (4, 8)
+    assert adapted.config.lora_layers == ("attn.c_attn", "mlp.c_fc")
+    assert base.config.lora_rank == 0 and base.config.lora_layers == ()
+    trainer = mxt.Trainer(adapted, batch_size=3, lr=1e-2)
+    *_, last = trainer.steps(dataset, 5)
+    assert last.step == 5
+    for name, values in base.tensors.items():
+        assert np.array_equal(adapted.tensors[name], values), name
+    b = "transformer.h.1.attn.c_attn.lora_B.weight"
+    assert adapted.tensors[b].any()
+    with pytest.raises(mxt.InvalidArgument, match="frozen"):
+        trainer.gradients["transformer.wte.weight"]
+    adapted.save_lora(tmp_path / "adapter")
+    again = base.load_lora(tmp_path / "adapter")
+    assert np.array_equal(again.tensors[b], adapted.tensors[b])
+    a = adapted.tensors[b.replace("lora_B", "lora_A")]
+    weight = "transformer.h.1.attn.c_attn.weight"
+    merged = base.tensors[weight] + 2 * (adapted.tensors[b] @ a).T
+    assert np.allclose(again.merge_lora().tensors[weight], merged, atol=1e-6)
+    with pytest.raises(ValueError, match="c_attn"):
+        base.with_lora(4, layers=["c_attn"])
+    with pytest.raises(ValueError, match="none"):
+        base.with_lora(4, layers=[])
+    with pytest.raises(mxt.InvalidArgument, match="rank"):
+        base.with_lora(0)
+    whole = engine.plan(model=SHAPE, trainer={"batch_size": 2})
+    lora = engine.plan(model={**SHAPE, "lora_rank": 2}, trainer={"batch_size": 2})
+    assert lora.gradients < whole.gradients / 3
+
+
+def test_frozen_tensors_stay(make_trainer, dataset):
+    trainer = make_trainer(frozen="transformer.h.*")
+    before = dict(trainer.model.tensors.items())
+    trainer.step(dataset)
+    stayed = [np.array_equal(values, before[name]) for name, values in trainer.model.tensors.items()]
+    expected = [name.startswith("transformer.h.") for name in before]
+    assert stayed == expected and trainer.options.frozen == "transformer.h.*"
+    with pytest.raises(mxt.InvalidArgument, match="no.such"):
+        make_trainer(frozen="no.such")

@@ -45,6 +45,12 @@ typedef enum mxt_activation {
 typedef enum mxt_dtype {
   MXT_DTYPE_F32 = 0,
 } mxt_dtype;
+typedef enum mxt_lora_layer {
+  MXT_LORA_LAYER_ATTN_C_ATTN = 1,
+  MXT_LORA_LAYER_ATTN_C_PROJ = 2,
+  MXT_LORA_LAYER_MLP_C_FC = 4,
+  MXT_LORA_LAYER_MLP_C_PROJ = 8,
+} mxt_lora_layer;
 typedef enum mxt_stored_weights {
   MXT_STORED_WEIGHTS_F32 = 0,
   MXT_STORED_WEIGHTS_F16 = 1,
@@ -152,6 +158,9 @@ typedef struct mxt_model_config {
   int32_t tied_head;
   int32_t scale_attention;
   int32_t scale_attention_by_layer;
+  size_t lora_rank;
+  float lora_alpha;
+  uint32_t lora_layers;
 } mxt_model_config;
 typedef struct mxt_tensor_info {
   size_t struct_size;
@@ -358,6 +367,17 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
                           const char *dir,
                           struct mxt_model **model);
 mxt_status mxt_model_save(const struct mxt_model *model, const char *dir);
+mxt_status mxt_model_with_lora(const struct mxt_model *model,
+                               size_t rank,
+                               float alpha,
+                               uint32_t layers,
+                               struct mxt_model **adapted);
+mxt_status mxt_model_merge_lora(const struct mxt_model *model,
+                                struct mxt_model **merged);
+mxt_status mxt_model_save_lora(const struct mxt_model *model, const char *dir);
+mxt_status mxt_model_load_lora(const struct mxt_model *model,
+                               const char *dir,
+                               struct mxt_model **adapted);
 mxt_status mxt_model_save_as(const struct mxt_model *model, const char *dir, int32_t weights);
 mxt_status mxt_model_get_config(const struct mxt_model *model, struct mxt_model_config *config);
 uint64_t mxt_model_parameter_count(const struct mxt_model *model);

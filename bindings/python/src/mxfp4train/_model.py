@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("gpt2",)
 ACTIVATIONS = ("gelu_tanh", "gelu")
 STORED_WEIGHTS = ("f32", "f16", "bf16", "mxfp4")
+LORA_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def lora_bits(layers: Iterable[str] | None) -> int:
+    """Linear layers as C's bits; None is 0, which stands for all."""
+    bits = 0
+    for layer in layers or ():
+        number = choice("layers", LORA_LAYERS, layer)
+        bits |= 1 << (number or 0)
+    return bits
 
 
 def config_struct(
@@ -39,6 +49,9 @@ def config_struct(
     tied_head: bool | None = None,
     scale_attention: bool | None = None,
     scale_attention_by_layer: bool | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_layers: Iterable[str] | None = None,
 ) -> Any:
     given = {
         "vocab_size": vocab_size,
@@ -53,6 +66,9 @@ def config_struct(
         "tied_head": tied_head,
         "scale_attention": scale_attention,
         "scale_attention_by_layer": scale_attention_by_layer,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_layers": lora_bits(lora_layers),
     }
     return options("mxt_model_config", given, [])
 
@@ -62,7 +78,8 @@ class Model(Handle):
 
     The shape is by default that of GPT-2 small: `vocab_size` 50257, `context_length` 1024,
     `layers` 12, `heads` 12, `channels` 768, `mlp_channels` 4 * channels. `activation` is
-    "gelu_tanh" (default) or "gelu". With `tied_head=False` there is a tensor "lm_head.weight".
+    "gelu_tanh" (default) or "gelu". With `tied_head=False` there is a tensor "lm_head.weight". With
+    a `lora_rank` there are adapters, as `with_lora` makes them.
 
     Raises InvalidArgument, which names the field, and OutOfMemory.
     """
@@ -86,6 +103,9 @@ class Model(Handle):
         tied_head: bool | None = None,
         scale_attention: bool | None = None,
         scale_attention_by_layer: bool | None = None,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_layers: Iterable[str] | None = None,
     ) -> None:
         config = config_struct(
             vocab_size=vocab_size,
@@ -100,15 +120,18 @@ class Model(Handle):
             tied_head=tied_head,
             scale_attention=scale_attention,
             scale_attention_by_layer=scale_attention_by_layer,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_layers=lora_layers,
         )
         self._own(make("model", lib.mxt_model_new, engine, config))
         self._made_from(engine)
 
-    def _made_from(self, source: Engine | Trainer) -> None:
+    def _made_from(self, source: Engine | Trainer | Model) -> None:
         self._lent, self._place, self._ranks = source._lent, source._place, source._ranks
 
     @classmethod
-    def _of(cls, pointer: Any, source: Engine | Trainer) -> Model:
+    def _of(cls, pointer: Any, source: Engine | Trainer | Model) -> Model:
         model = cls.__new__(cls)
         model._own(pointer)
         model._made_from(source)
@@ -145,7 +168,54 @@ class Model(Handle):
             tied_head=bool(shape.tied_head),
             scale_attention=bool(shape.scale_attention),
             scale_attention_by_layer=bool(shape.scale_attention_by_layer),
+            lora_layers=tuple(
+                layer for i, layer in enumerate(LORA_LAYERS) if shape.lora_layers >> i & 1
+            ),
         )
+
+    def with_lora(
+        self,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        layers: Iterable[str] = LORA_LAYERS,
+    ) -> Model:
+        """A new model with these weights, and adapters (LoRA) beside its linear layers.
+
+        They change nothing yet; a Trainer of it trains them alone. `alpha` is by default twice the
+        rank. `layers` are some of `LORA_LAYERS`, of every block. Both models take memory.
+
+        Raises InvalidArgument, OutOfMemory.
+        """
+        bits = lora_bits(layers)
+        if not bits:
+            raise ValueError(f"layers: expected some of {', '.join(LORA_LAYERS)}, got none")
+        made = make("model", lib.mxt_model_with_lora, self, rank, alpha or 0.0, bits)
+        return self._of(made, self)
+
+    def load_lora(self, folder: str | os.PathLike[Any]) -> Model:
+        """A new model with these weights, and the adapters that PEFT or `save_lora` saved.
+
+        They are LoRA of one rank, without DoRA, biases or further modules, the same in all blocks.
+
+        Raises FileError, FormatError, Mismatch, NotFinite, InvalidArgument, OutOfMemory.
+        """
+        folder_path = path("folder", folder)
+        return self._of(make("model", lib.mxt_model_load_lora, self, folder_path), self)
+
+    def merge_lora(self) -> Model:
+        """A new model with the adapters of this one added to its weights.
+
+        Raises InvalidArgument (no adapters), OutOfMemory.
+        """
+        return self._of(make("model", lib.mxt_model_merge_lora, self), self)
+
+    def save_lora(self, folder: str | os.PathLike[Any]) -> None:
+        """Saves the adapters alone; PEFT opens the folder beside the model they were made for.
+
+        Raises InvalidArgument (no adapters), FileError, FormatError, NotFinite.
+        """
+        call(lib.mxt_model_save_lora, self, path("folder", folder))
 
     @property
     def parameter_count(self) -> int:

@@ -112,6 +112,10 @@ class ModelConfig(NamedTuple):
     tied_head: bool
     scale_attention: bool
     scale_attention_by_layer: bool
+    lora_rank: int
+    """0 where there are no adapters."""
+    lora_alpha: float
+    lora_layers: tuple[str, ...]
 
 
 class TrainerOptions(NamedTuple):
