@@ -164,7 +164,7 @@ fn parse(path: &Path, text: &[u8]) -> Result<(usize, f32)> {
     let object: Map<String, Value> = serde_json::from_slice(text)
         .map_err(|e| Error::format(path, format!("expected a JSON object: {e}")))?;
     let error = |key: &str, expected: &str| {
-        let found = object.get(key).map_or("no such key".to_owned(), Value::to_string);
+        let found = object.get(key).map_or_else(|| "no such key".to_owned(), Value::to_string);
         Error::format(path, format!("{key}: expected {expected}, found {found}"))
     };
     if object.get("peft_type") != Some(&json!("LORA")) {

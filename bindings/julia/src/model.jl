@@ -59,13 +59,15 @@ const LORA_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 # Linear layers as C's bits; all are 0.
 function lora_bits(layers)
-    return UInt32(sum(layers; init = 0) do layer
-        number = findfirst(==(string(layer)), LORA_LAYERS)
+    bits = 0x00000000
+    for layer in layers
+        number = findfirst(==(layer), LORA_LAYERS)
         if number === nothing
             throw(ArgumentError("layers: expected some of $LORA_LAYERS, got $(repr(layer))"))
         end
-        return 1 << (number - 1)
-    end)
+        bits |= 0x00000001 << (number - 1)
+    end
+    return bits
 end
 
 """
@@ -132,9 +134,9 @@ function config(model::Model)
         tied_head = found.tied_head != 0,
         scale_attention = found.scale_attention != 0,
         scale_attention_by_layer = found.scale_attention_by_layer != 0,
-        lora_layers = Tuple(
-            LORA_LAYERS[i] for i in 1:4 if found.lora_layers >> (i - 1) & 1 == 1
-        ),
+        lora_layers = [
+            layer for (i, layer) in enumerate(LORA_LAYERS) if found.lora_layers >> (i - 1) & 1 == 1
+        ],
     ))
 end
 

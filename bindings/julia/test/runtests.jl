@@ -258,7 +258,7 @@ IS_WHOLE && @testset "adapters and frozen tensors" begin
     adapted = with_lora(base; rank = 3, layers = ("attn.c_attn", "mlp.c_proj"))
     shape = config(adapted)
     @test shape.lora_rank == 3 && shape.lora_alpha == 6
-    @test shape.lora_layers == ("attn.c_attn", "mlp.c_proj") && config(base).lora_layers == ()
+    @test shape.lora_layers == ["attn.c_attn", "mlp.c_proj"] && isempty(config(base).lora_layers)
     trainer = Trainer(adapted; batch_size = 2, lr = 1e-2)
     foreach(_ -> step!(trainer, data), 1:3)
     name, of_b = "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.lora_B.weight"

@@ -9,8 +9,8 @@ use bytesize::ByteSize;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
-    Activation, DatasetOptions, DecoderWeights, Draft, Frozen, Group, Optimizer, Recipe, Recompute,
-    ScheduleKind, StoredWeights, TokenDrop, Transport, Wire,
+    Activation, DatasetOptions, DecoderWeights, Draft, Frozen, Group, Lora, Optimizer, Recipe,
+    Recompute, ScheduleKind, StoredWeights, TokenDrop, Transport, Wire,
 };
 
 use crate::compare::CompareArgs;
@@ -161,6 +161,9 @@ pub(crate) struct TrainArgs {
 
     #[command(flatten)]
     pub(crate) variant: VariantArgs,
+
+    #[command(flatten)]
+    pub(crate) lora: LoraArgs,
 
     #[command(flatten)]
     pub(crate) batch: BatchArgs,
@@ -434,6 +437,36 @@ pub(crate) struct VariantArgs {
     /// Give the head weights of its own
     #[arg(long)]
     pub(crate) untied_head: bool,
+}
+
+/// What is trained beside the weights.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Adapters")]
+pub(crate) struct LoraArgs {
+    /// Train adapters of this rank beside the linear layers (LoRA), and leave the weights of
+    /// --init-from as they are. `mxtrain export` adds them to the weights, or writes them alone for
+    /// PEFT
+    #[arg(long, value_name = "RANK")]
+    pub(crate) lora: Option<usize>,
+
+    /// Over the rank, the factor of what adapters add [default: twice --lora]
+    #[arg(long, value_name = "X", requires = "lora")]
+    pub(crate) lora_alpha: Option<f32>,
+
+    /// Layers of every block that have one: all, or some of attn.c_attn, attn.c_proj, mlp.c_fc and
+    /// mlp.c_proj with commas between them
+    #[arg(long, value_name = "NAMES", requires = "lora", default_value = "all",
+          value_parser = Lora::layers_of)]
+    pub(crate) lora_layers: [bool; 4],
+}
+
+impl LoraArgs {
+    /// The library's, where there are to be any.
+    pub(crate) fn wanted(&self) -> Option<Lora> {
+        let rank = self.lora?;
+        let alpha = self.lora_alpha.unwrap_or(2.0 * rank as f32);
+        Some(Lora { rank, alpha, layers: self.lora_layers })
+    }
 }
 
 /// What one optimizer step computes.
@@ -869,8 +902,10 @@ What reads it:
   safetensors, mxfp4         mxtrain, as f32 numbers: generate --weights mxfp4 makes the same codes of
                              them, and writes the texts of CHECKPOINT
   gguf                       llama.cpp and programs made with it
+  peft                       PEFT, beside the model that adapters were trained for: these alone, in f32
 In MXFP4 are linear layers and a head of its own, in GGUF every head. The embedding is not: it is f32
-in safetensors, bf16 in GGUF. The optimizer's state stays behind: nothing resumes an export.
+in safetensors, bf16 in GGUF. Adapters of train --lora are added to the weights, but for peft. The
+optimizer's state stays behind: nothing resumes an export.
 
 Examples:
   mxtrain export model model-bf16
@@ -883,7 +918,7 @@ pub(crate) struct ExportArgs {
     /// What to write: a folder, or a file of GGUF
     pub(crate) out: PathBuf,
 
-    /// safetensors or gguf [default: gguf where OUT ends in .gguf, else safetensors]
+    /// safetensors, gguf or peft [default: gguf where OUT ends in .gguf, else safetensors]
     #[arg(long, value_name = "NAME", hide_possible_values = true)]
     pub(crate) format: Option<ExportFormat>,
 
@@ -961,6 +996,9 @@ pub(crate) struct PlanArgs {
 
     #[command(flatten)]
     pub(crate) variant: VariantArgs,
+
+    #[command(flatten)]
+    pub(crate) lora: LoraArgs,
 
     #[command(flatten)]
     pub(crate) batch: BatchArgs,

@@ -18,7 +18,7 @@ use crate::files;
 use crate::hugging_face::known_tokenizer;
 use crate::prepared::{Documents, Meta, Source};
 use crate::tokenizer::Tokenizer;
-use crate::train::is_checkpoint;
+use crate::train::{adapters_in_words, is_checkpoint};
 
 /// Runs the command.
 pub(crate) fn run(args: &InfoArgs) -> Outcome<ExitCode> {
@@ -102,6 +102,8 @@ struct Config {
     scale_attn_weights: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     scale_attn_by_inverse_layer_idx: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora: Option<String>,
 }
 
 impl From<&ModelConfig> for Config {
@@ -119,6 +121,7 @@ impl From<&ModelConfig> for Config {
             tie_word_embeddings: (!config.tied_head).then_some(false),
             scale_attn_weights: (!config.scale_attention).then_some(false),
             scale_attn_by_inverse_layer_idx: config.scale_attention_by_layer.then_some(true),
+            lora: config.lora.as_ref().map(adapters_in_words),
         }
     }
 }
@@ -132,7 +135,7 @@ impl Config {
         let plain = self.scale_attn_weights.map(|_| "unscaled attention".to_owned());
         let layer = self.scale_attn_by_inverse_layer_idx;
         let layer = layer.map(|_| "attention scaled by layer".to_owned());
-        [inner, form, head, plain, layer]
+        [inner, form, head, plain, layer, self.lora.clone()]
             .into_iter()
             .flatten()
             .map(|text| format!(", {text}"))

@@ -22,6 +22,8 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
+    let config = ModelConfig { lora: args.lora.wanted(), ..config };
+    config.validate()?;
     let ranks = args.ranks.unwrap_or(1);
     let mut options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New, ranks)?;
     options.optimizer = args.optimizer;

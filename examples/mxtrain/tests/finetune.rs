@@ -81,6 +81,106 @@ fn answers_are_learned_and_given() {
     assert_eq!(steps(dir, "d.jsonl"), steps(dir, "e.jsonl"));
 }
 
+/// Adapters learn the answers beside weights that stay; they go on from a checkpoint, are merged by
+/// an export, and are written alone.
+#[test]
+fn adapters_learn_answers() {
+    let dir = folder();
+    let dir = dir.path();
+    let settings = "--init-from base --examples capitals.jsonl --lora 8 --lr 1e-2 --threads 1 \
+                    --batch-size 6";
+    let out = succeed(dir, &format!("finetune {settings} --out tuned --steps 150 --log a.jsonl"));
+    assert!(out.contains("with adapters of rank 8, alpha 16, beside all linear layers"), "{out}");
+    let info = succeed(dir, "info tuned");
+    assert!(info.contains("adapters of rank 8, alpha 16"), "{info}");
+    succeed(dir, "export tuned merged --weights f32");
+    let answers = |folder: &str| {
+        PLACES.map(|(place, _)| {
+            let prompt = format!("The capital of {place} is?\n");
+            let line = ["generate", "--checkpoint", folder, "--prompt", &prompt, "--greedy"];
+            String::from_utf8(run_args(dir, [&line[..], &["--stop", "\n"]].concat()).stdout)
+                .unwrap()
+        })
+    };
+    let tuned = answers("tuned");
+    for ((place, capital), text) in PLACES.iter().zip(&tuned) {
+        assert!(text.contains(capital), "{place}: {text}");
+    }
+    assert_eq!(answers("merged"), tuned);
+    assert!(!succeed(dir, "info merged").contains("adapters"));
+
+    let out = succeed(dir, "export tuned adapters --format peft");
+    assert!(out.contains("adapters: adapters of rank 8"), "{out}");
+    let text = fs::read_to_string(dir.join("adapters/adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&config["r"], &config["peft_type"]), (&Value::from(8), &Value::from("LORA")));
+    succeed(dir, "export tuned adapters --format peft --overwrite");
+
+    // Two runs of one, and of two processes.
+    let run = |steps: u64, more: &str| {
+        succeed(dir, &format!("finetune {settings} --steps {steps} --overwrite {more}"));
+    };
+    run(3, "--out half --schedule constant --warmup 0 --accumulation 2");
+    succeed(dir, "train --resume half --steps 6 --log b.jsonl");
+    run(6, "--out whole --schedule constant --warmup 0 --accumulation 2 --log c.jsonl");
+    run(
+        6,
+        "--out two --schedule constant --warmup 0 --accumulation 2 --ranks 2 --log d.jsonl \
+            --lanes 2 --threads 2",
+    );
+    assert_eq!(steps(dir, "b.jsonl"), steps(dir, "c.jsonl")[3..]);
+    assert_eq!(steps(dir, "d.jsonl").len(), 6);
+    let out = succeed(dir, "plan --lora 8 --json");
+    let of =
+        |text: &str| serde_json::from_str::<Value>(text).unwrap()["optimizer"].as_u64().unwrap();
+    assert!(of(&out) < of(&succeed(dir, "plan --json")) / 4);
+
+    for (line, words) in [
+        ("train --data data --lora 8 --steps 1", "name those with --init-from"),
+        (
+            "train --data data --init-from base --lora 0 --steps 1",
+            "--lora: expected a number from 1",
+        ),
+        (
+            "train --data data --init-from base --lora 8 --lora-layers c_attn --steps 1",
+            "attn.c_attn",
+        ),
+        ("train --data data --init-from base --lora-alpha 8 --steps 1", "--lora <RANK>"),
+        (
+            "train --data data --init-from base --lora 8 --lora-alpha=-1 --steps 1",
+            "--lora-alpha: expected a number above 0",
+        ),
+        ("train --data data --init-from tuned --lora 8 --steps 1", "has adapters"),
+        ("train --resume tuned --lora 4 --steps 200", "adapters of rank 8"),
+        ("export base out --format peft", "has no adapters"),
+        ("export tuned base --format peft", "holds a model"),
+        ("export tuned adapters --format peft", "--overwrite"),
+    ] {
+        let error = refuse(dir, line);
+        assert!(error.contains(words), "{line}: {error}");
+    }
+}
+
+#[test]
+fn frozen_tensors_stay() {
+    let dir = folder();
+    let dir = dir.path();
+    let run =
+        "train --data data --init-from base --steps 2 --threads 1 --eval-batches 1 --out frozen";
+    let out = succeed(dir, &format!("{run} --freeze transformer.w*,*.ln_?.*"));
+    assert!(out.contains("frozen transformer.w*,*.ln_?.*"), "{out}");
+    assert!(succeed(dir, "info frozen").contains("frozen transformer.w*,*.ln_?.*"));
+    succeed(dir, "train --resume frozen --steps 3");
+    for (line, words) in [
+        ("train --resume frozen --steps 4 --freeze *.bias", "--freeze: a resumed run keeps"),
+        ("train --data data --freeze no.such --steps 1", "no tensor is named like \"no.such\""),
+        ("train --data data --freeze [ --steps 1", "pattern"),
+    ] {
+        let error = refuse(dir, line);
+        assert!(error.contains(words), "{line}: {error}");
+    }
+}
+
 #[test]
 fn what_cannot_be_finetuned_is_named() {
     let dir = folder();

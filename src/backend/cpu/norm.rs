@@ -91,8 +91,8 @@ impl Norm for Cpu {
                 let (first, mut unused) = (job * COLUMNS, [[0.0; COLUMNS]; 2]);
                 let n = COLUMNS.min(channels - first);
                 let [of_w, of_b] = &mut unused;
-                // SAFETY: jobs own disjoint columns.
                 let [dw, db] = [(&dw, of_w), (&db, of_b)].map(|(all, unused)| match all {
+                    // SAFETY: jobs own disjoint columns.
                     Some(all) => unsafe { all.part(first, n) },
                     None => &mut unused[..n],
                 });

@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use indicatif::{HumanBytes, HumanCount};
-use mxfp4train::Model;
+use mxfp4train::{Model, ModelConfig};
 
 use crate::cli::{ExportArgs, MachineArgs};
 use crate::console;
@@ -25,7 +25,7 @@ use crate::machine;
 use crate::run_file;
 use crate::signals::Signals;
 use crate::tokens_file::{create_anew, temporary_name};
-use crate::train::is_checkpoint;
+use crate::train::{adapters_in_words, is_checkpoint};
 
 /// What is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -34,6 +34,8 @@ pub(crate) enum ExportFormat {
     Safetensors,
     /// A file that llama.cpp reads.
     Gguf,
+    /// A folder of adapters that PEFT reads.
+    Peft,
 }
 
 impl ExportFormat {
@@ -53,14 +55,22 @@ pub(crate) fn run(args: &ExportArgs) -> Outcome<ExitCode> {
     match format {
         ExportFormat::Safetensors => check_folder(args)?,
         ExportFormat::Gguf => check_file(args)?,
+        ExportFormat::Peft => check_adapters(args)?,
     }
     // Nothing is computed but what weights are rounded to.
     let on_cpu = MachineArgs { threads: 0, device: "cpu".into() };
     let (engine, _) = machine::open(&on_cpu, 0)?;
-    let model = load(&engine, &args.checkpoint)?;
+    let mut model = load(&engine, &args.checkpoint)?;
+    if format == ExportFormat::Peft {
+        write_adapters(args, &model)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if model.config().lora.is_some() {
+        model = model.merge_lora()?;
+    }
     match format {
-        ExportFormat::Safetensors => write_folder(args, &model)?,
         ExportFormat::Gguf => write_file(args, &model, &signals)?,
+        _ => write_folder(args, &model)?,
     }
     console::print(&format!(
         "{}: {} parameters in {}, {}\n",
@@ -70,6 +80,37 @@ pub(crate) fn run(args: &ExportArgs) -> Outcome<ExitCode> {
         HumanBytes(size(&args.out).map_err(Failure::io("read", &args.out))?),
     ))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn write_adapters(args: &ExportArgs, model: &Model) -> Outcome {
+    let ExportArgs { checkpoint, out, .. } = args;
+    let config = model.config();
+    let Some(lora) = &config.lora else {
+        return Err(Failure::usage(format!(
+            "--format peft: {} has no adapters, which mxtrain train --lora makes; choose another format",
+            checkpoint.display()
+        )));
+    };
+    model.save_lora(out)?;
+    let alone = ModelConfig { lora: None, ..config.clone() };
+    console::print(&format!(
+        "{}: {}, {} parameters in f32\n",
+        console::shown(out),
+        adapters_in_words(lora),
+        HumanCount(config.parameter_count() - alone.parameter_count()),
+    ))?;
+    Ok(())
+}
+
+/// Whether adapters may be written to the folder.
+fn check_adapters(args: &ExportArgs) -> Outcome {
+    if is_checkpoint(&args.out) {
+        let message = "holds a model, beside which adapters would be taken for its own; name another \
+                       folder";
+        return Err(Failure::usage(message).within(args.out.display()));
+    }
+    let is_there = args.out.join("adapter_model.safetensors").exists();
+    if is_there { check_overwrite(args, "a folder of adapters") } else { Ok(()) }
 }
 
 /// Bytes of a file, or of the weights in a folder.

@@ -21,7 +21,8 @@ use mxfp4train::{
 };
 
 pub(crate) use setup::{
-    Data, Start, Weights, is_checkpoint, model_config, short_windows, trainer_options, vocabulary,
+    Data, Start, Weights, adapters_in_words, is_checkpoint, model_config, short_windows,
+    trainer_options, vocabulary,
 };
 
 use crate::cli::{ReportArgs, TrainArgs};
@@ -564,6 +565,10 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         true => String::new(),
         false => format!(", frozen {}", options.frozen),
     };
+    let adapters = config
+        .lora
+        .as_ref()
+        .map_or_else(String::new, |lora| format!("            with {}\n", adapters_in_words(lora)));
     let notes: String = data
         .notes(sequence, config.context_length)
         .iter()
@@ -572,7 +577,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
     format!(
         "machine     {about}\n\
          data        {}: {}{tokenizer}, vocabulary {}\n{notes}\
-         model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
+         model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n{adapters}\
          step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}{drop}{frozen}\n\
          run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
         console::plain(&data.name),

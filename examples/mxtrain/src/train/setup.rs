@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use indicatif::HumanCount;
 use mxfp4train::{
-    Dataset, Engine, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule, ScheduleKind,
+    Dataset, Engine, Lora, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule, ScheduleKind,
     TokenDrop, Trainer, TrainerOptions,
 };
 
@@ -293,12 +293,16 @@ const NEW_LR: f32 = 1e-3;
 /// Highest learning rate of a model that was trained before. It is what Hugging Face's finetuning
 /// scripts take; the rates that such models are trained with undo in a few steps what they know.
 const FINETUNING_LR: f32 = 5e-5;
+/// That of adapters, which begin by adding nothing: what is usual for LoRA.
+const LORA_LR: f32 = 2e-4;
 
 /// What the weights of a run begin as, which its default schedule depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Weights {
     New,
     Trained,
+    /// Of adapters beside such weights.
+    Adapters,
 }
 
 /// The library's training options for a new run; whatever is not known of it stays at its default.
@@ -335,6 +339,7 @@ pub(crate) fn trainer_options(
             // AdamW's moments begin at zero, so its first steps are as long as the rate allows,
             // whatever the gradient. What the model knows is at stake: they stay short for longer.
             Weights::Trained => (FINETUNING_LR, args.steps / 20),
+            Weights::Adapters => (LORA_LR, args.steps / 20),
         };
         let lr = args.lr.unwrap_or(lr);
         options.schedule = Schedule {
@@ -424,6 +429,12 @@ impl Start {
                 return Err(Failure::usage("--resume and --init-from exclude each other"));
             }
             (None, None) => {
+                if args.lora.lora.is_some() {
+                    return Err(Failure::usage(
+                        "--lora: adapters are trained beside weights that stay; name those with \
+                         --init-from",
+                    ));
+                }
                 let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
                 let config = model_config(&args.model, &args.variant, vocab_size)?;
                 let optimizer = Some(&args.optimizer);
@@ -439,9 +450,23 @@ impl Start {
             (None, Some(dir)) => {
                 let optimizer = Some(&args.optimizer);
                 let ranks = engine.size();
-                let mut options =
-                    trainer_options(&args.batch, recipe, optimizer, Weights::Trained, ranks)?;
-                let model = hugging_face::load(engine, dir)?;
+                let mut model = hugging_face::load(engine, dir)?;
+                if let Some(lora) = args.lora.wanted() {
+                    if model.config().lora.is_some() {
+                        return Err(Failure::usage(format!(
+                            "--lora: the checkpoint of --init-from has adapters; leave the option out \
+                             to train those on, or add them to its weights first (mxtrain export \
+                             {} FOLDER --weights f32)",
+                            dir.display()
+                        )));
+                    }
+                    model = model.with_lora(lora)?;
+                }
+                let weights = match model.config().lora {
+                    Some(_) => Weights::Adapters,
+                    None => Weights::Trained,
+                };
+                let mut options = trainer_options(&args.batch, recipe, optimizer, weights, ranks)?;
                 if options.sequence_length == 0 {
                     let of_data = data.sequence_length(model.config().context_length);
                     options.sequence_length = of_data.unwrap_or(0);
@@ -778,6 +803,17 @@ fn require_shape(args: &TrainArgs, parsed: &Parsed, config: &ModelConfig, origin
             )));
         }
     }
+    // Those of --init-from are made here.
+    if origin == "--resume"
+        && let Some(wanted) = args.lora.wanted()
+        && Some(wanted) != config.lora
+    {
+        let found = config.lora.as_ref().map_or_else(|| "none".to_owned(), adapters_in_words);
+        return Err(Failure::usage(format!(
+            "--lora: the checkpoint of {origin} has {found}, got {}; leave the option out",
+            adapters_in_words(&wanted)
+        )));
+    }
     if parsed.given("activation") && args.variant.activation != config.activation {
         return Err(Failure::usage(format!(
             "--activation: the checkpoint of {origin} has {}, got {}; leave the option out",
@@ -796,6 +832,15 @@ fn require_shape(args: &TrainArgs, parsed: &Parsed, config: &ModelConfig, origin
         )));
     }
     Ok(())
+}
+
+/// "adapters of rank 8, alpha 16, beside attn.c_attn".
+pub(crate) fn adapters_in_words(lora: &Lora) -> String {
+    let beside = match lora.layers {
+        [true, true, true, true] => "all linear layers".to_owned(),
+        _ => lora.layer_names().collect::<Vec<_>>().join(", "),
+    };
+    format!("adapters of rank {}, alpha {}, beside {beside}", lora.rank, lora.alpha)
 }
 
 /// A resumed run keeps its settings: changing one would break the promise that it goes on as if it
