@@ -61,7 +61,7 @@ from ._errors import (
 )
 from ._library import lib as _lib
 from ._library import text_of as _text_of
-from ._model import Model
+from ._model import LORA_LAYERS, Model
 from ._snapshot import Snapshot
 from ._stats import (
     Coverage,
@@ -79,6 +79,7 @@ from ._trainer import IGNORED, Trainer
 
 __all__ = [
     "IGNORED",
+    "LORA_LAYERS",
     "STOP",
     "Busy",
     "Closed",
