@@ -238,6 +238,7 @@ unsafe fn with_losses<R>(
                         let given = Given {
                             tokens: &tokens,
                             targets: targets.as_ref().map(|copy| copy as _),
+                            documents: None,
                             weights: weights.as_ref().map(|copy| copy as _),
                             divisor: Some(divisor).filter(|divisor| *divisor != 0.0),
                         };

@@ -238,6 +238,7 @@ impl mxt_trainer_options {
             schedule: self.schedule()?,
             token_drop,
             frozen,
+            document_end: None,
         })
     }
 }

@@ -57,7 +57,7 @@ pub(super) fn attention<B: Harness>(backends: &[B]) {
                     let [qkv, dout] = [&qkv, &dout].map(|values| input(b, values, precision));
                     let (mut out, mut lse) =
                         (poison(b, rows * channels, precision), f32_poison(b, rows * heads));
-                    b.attention_forward(&mut scratch, &mut out, &mut lse, &qkv, shape);
+                    b.attention_forward(&mut scratch, &mut out, &mut lse, &qkv, None, shape);
                     let of = Of::Attention(score_factor);
                     close(b, &what("out"), &read(b, &out), &exact, of, precision);
                     let (ours, of) = (read_f32(b, &lse, rows * heads), Of::LogSum(score_factor));
@@ -69,6 +69,7 @@ pub(super) fn attention<B: Harness>(backends: &[B]) {
                         out: &out,
                         lse: &lse,
                         qkv: &qkv,
+                        documents: None,
                     };
                     b.attention_backward(&mut scratch, operands, shape);
                     // A single visible key makes exact zeroes of dq and dk; the rest is compared

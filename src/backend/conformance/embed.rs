@@ -22,7 +22,14 @@ pub(super) fn embedding_forward<B: Harness>(backends: &[B]) {
             each(backends, |b| {
                 let (ids, params) = (tokens(b, &ids), Params::of(b, &[&wte, &wpe]));
                 let mut out = poison(b, exact.len(), precision);
-                b.embedding_forward(&mut out, &ids, params.get(b, 0), params.get(b, 1), shape);
+                b.embedding_forward(
+                    &mut out,
+                    &ids,
+                    None,
+                    params.get(b, 0),
+                    params.get(b, 1),
+                    shape,
+                );
                 close(b, "out", &read(b, &out), &exact, Of::Embedding, precision);
             });
         }
@@ -52,7 +59,7 @@ pub(super) fn embedding_backward<B: Harness>(backends: &[B]) {
                         let mut flat = Gradients::of(b, &[&pieces[0], &pieces[1]]);
                         let [dwte, dwpe] = flat.wanted(b, wanted);
                         let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
-                        b.embedding_backward(gradients, &dout, &ids, shape);
+                        b.embedding_backward(gradients, &dout, &ids, None, shape);
                         flat.read(b)
                     };
                     let all = backward([true; 2]);

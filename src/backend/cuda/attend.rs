@@ -6,7 +6,7 @@ use super::device::gpu::Gpu;
 use super::device::launch;
 use super::device::memory::{F32, Tensor};
 use super::{Cuda, Workspace, kernel};
-use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision};
+use crate::backend::{Attend, AttentionBackward, AttentionShape, Documents, Precision};
 
 /// `Heads` of the kernels.
 #[derive(Clone, Copy)]
@@ -91,8 +91,10 @@ impl Attend for Cuda {
         out: &mut Tensor,
         lse: &mut F32,
         qkv: &Tensor,
+        documents: Option<Documents<'_, Self>>,
         shape: AttentionShape,
     ) {
+        assert!(documents.is_none(), "refused before");
         let plain = Kernel(kernel!(qkv, "attention_forward"), 4, 128, 16 * shape.head_size);
         let Kernel(name, rows, block, shared) =
             *flash(&self.gpu, qkv, shape).map_or(&plain, |flash| &flash.forward);
@@ -104,9 +106,10 @@ impl Attend for Cuda {
     fn attention_backward(
         &self,
         workspace: &mut Workspace,
-        AttentionBackward { dqkv, dout, out, lse, qkv }: AttentionBackward<'_, Self>,
+        AttentionBackward { dqkv, dout, out, lse, qkv, documents }: AttentionBackward<'_, Self>,
         shape: AttentionShape,
     ) {
+        assert!(documents.is_none(), "refused before");
         let (heads, delta) = (Heads::from(shape), workspace.delta.address);
         let rows = shape.sequences.rows();
         launch!(self.gpu, kernel!(qkv, "attention_delta"), [rows.div_ceil(4), 1, 1], 128, 0;

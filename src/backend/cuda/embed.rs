@@ -11,7 +11,7 @@ use super::device::launch;
 use super::device::memory::{Arena, Param, Piece, Tensor, Upload};
 use super::{Cuda, kernel};
 use crate::Result;
-use crate::backend::{Embed, EmbeddingGradients, EmbeddingShape};
+use crate::backend::{Documents, Embed, EmbeddingGradients, EmbeddingShape};
 
 /// Token numbers on the device.
 pub(crate) struct Tokens {
@@ -99,10 +99,12 @@ impl Embed for Cuda {
         &self,
         out: &mut Tensor,
         tokens: &Tokens,
+        documents: Option<Documents<'_, Self>>,
         wte: Param<'_>,
         wpe: Param<'_>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
+        assert!(documents.is_none(), "refused before");
         // Every pass begins here.
         out.begin_pass(&self.gpu);
         let rows = sequences.rows();
@@ -116,8 +118,10 @@ impl Embed for Cuda {
         gradients: EmbeddingGradients<'_, Self>,
         dout: &Tensor,
         tokens: &Tokens,
+        documents: Option<Documents<'_, Self>>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
+        assert!(documents.is_none(), "refused before");
         let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
         let rows = sequences.rows();
         if let Some(dwte) = dwte {
