@@ -105,11 +105,6 @@ impl<B: Backend> Packed<B> {
         engine: &Engine,
         most: usize,
     ) -> Result<()> {
-        if self.are_there && B::HAS_COPIES {
-            let what = "documents apart on a GPU".to_owned();
-            let remedy = "train on the CPU, or give no documents and no document_end".to_owned();
-            return Err(Error::Unsupported { what, remedy });
-        }
         if self.are_there && self.on_device.is_none() {
             let cut = |arena: &mut B::Arena| Ok(on.backend.bytes(arena, document_bytes(most)));
             self.on_device = Some(on.allocate(engine, WHAT, cut)?);

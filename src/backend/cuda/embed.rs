@@ -104,13 +104,13 @@ impl Embed for Cuda {
         wpe: Param<'_>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        assert!(documents.is_none(), "refused before");
         // Every pass begins here.
         out.begin_pass(&self.gpu);
         let rows = sequences.rows();
         let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
         launch!(self.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
-            out.write().address, tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
+            out.write().address, tokens.ids(), wte, wpe, documents.map_or(0, |words| words.address),
+            sequences.length as u32, channels as u32);
     }
 
     fn embedding_backward(
@@ -121,7 +121,6 @@ impl Embed for Cuda {
         documents: Option<Documents<'_, Self>>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        assert!(documents.is_none(), "refused before");
         let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
         let rows = sequences.rows();
         if let Some(dwte) = dwte {
@@ -136,6 +135,13 @@ impl Embed for Cuda {
             self.clear(dwpe.address(), dwpe.place.bytes());
         }
         let grid = [(sequences.length * channels).div_ceil(256), 1, 1];
+        if let Some(documents) = documents {
+            let ends = documents.address + (rows * size_of::<u32>()) as u64;
+            launch!(self.gpu, kernel!(dout, "embedding_backward_documents"), grid, 256, 0;
+                dwpe.in_f32(), dout.address(), ends,
+                sequences.batch as u32, sequences.length as u32, channels as u32);
+            return;
+        }
         launch!(self.gpu, kernel!(dout, "embedding_backward_positions"), grid, 256, 0;
             dwpe.in_f32(), dout.address(),
             sequences.batch as u32, sequences.length as u32, channels as u32);
