@@ -70,6 +70,8 @@ impl HostWindows {
     /// Fills a window, and checks it.
     pub(super) fn read(&self, number: u64, vocab_size: usize, window: Window<'_>) -> Result<()> {
         let Window { tokens, weights, documents } = window;
+        // The host writes as many of each.
+        assert!(weights.len() + 1 == tokens.len() && documents.len() == weights.len());
         weights.fill(1.0);
         documents.fill(0);
         (self.fill)(number, tokens, weights, documents)?;

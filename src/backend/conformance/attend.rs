@@ -113,7 +113,7 @@ pub(super) fn documents_do_not_see_each_other<B: Harness>(backends: &[B]) {
             let shape =
                 AttentionShape { sequences, heads, kv_heads, head_size, score_factor, precision };
             let [qkv, dout] = [3 * channels, channels]
-                .map(|width| rounded(&random(rows * width, width as u32), held));
+                .map(|width| rounded(&random(rows * width, width as u64), held));
             let changed = |values: &[f32], width: usize| -> Vec<f32> {
                 let all = values.iter().enumerate();
                 all.map(|(i, v)| if is_other(i / width) { 100.0 - 9.0 * v } else { *v }).collect()

@@ -32,14 +32,8 @@ pub(super) fn embedding_forward<B: Harness>(backends: &[B]) {
                 let documents = documents.as_ref();
                 let (ids, params) = (tokens(b, &ids), Params::of(b, &[&wte, &wpe]));
                 let mut out = poison(b, exact.len(), precision);
-                b.embedding_forward(
-                    &mut out,
-                    &ids,
-                    None,
-                    params.get(b, 0),
-                    params.get(b, 1),
-                    shape,
-                );
+                let [te, pe] = [0, 1].map(|number| params.get(b, number));
+                b.embedding_forward(&mut out, &ids, documents, te, pe, shape);
                 close(b, "out", &read(b, &out), &exact, Of::Embedding, precision);
             });
         }
