@@ -55,6 +55,11 @@ fn a_step_in_parts() {
 }
 
 #[test]
+fn documents_that_share_a_sequence() {
+    run("documents.c", Link::Shared);
+}
+
+#[test]
 fn data_of_the_host() {
     run("windows.c", Link::Shared);
 }

@@ -51,7 +51,7 @@ impl<B: Backend> BatchBuffers<B> {
             tokens: backend.tokens(arena, rows, true)?,
             targets: backend.tokens(arena, rows, false)?,
             weights: backend.f32(arena, rows),
-            packed: Packed::new(options),
+            packed: Packed::new(backend, arena, options, allocate)?,
             windows: zeros(WHAT, here(rows + sequences.batch))?,
             given: zeros(WHAT, here(rows))?,
             given_weights: zeros(WHAT, here(rows))?,

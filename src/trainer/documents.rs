@@ -1,8 +1,9 @@
 //! Documents that are packed into the sequences of a batch, which attention keeps apart: where each
 //! begins and ends, on the host and on the device.
 //!
-//! A batch of which every sequence is one document takes none of this, and no memory: it is the batch
-//! that it would be if nobody had asked.
+//! A batch of which every sequence is one document takes none of this: it is the batch that it would be
+//! if nobody had asked. Nor does it take memory, unless the options have a token that ends documents: a
+//! host that gives them makes the first batch that has any allocate.
 
 use crate::backend::{Backend, Documents, Sequences, document_bytes};
 use crate::model::OnDevice;
@@ -26,10 +27,25 @@ pub(super) struct Packed<B: Backend> {
 }
 
 impl<B: Backend> Packed<B> {
-    pub(super) fn new(options: &TrainerOptions) -> Self {
-        let (given, words) = (Vec::new(), Vec::new());
+    /// With room for those of all rows where the options say that there are some, from the arena;
+    /// `allocate` is false where that only measures.
+    pub(super) fn new(
+        backend: &B,
+        arena: &mut B::Arena,
+        options: &TrainerOptions,
+        allocate: bool,
+    ) -> Result<Self> {
         let (end, mixes) = (options.document_end, options.mixes_documents());
-        Self { end, given, words, on_device: None, are_there: false, mixes }
+        let rows = options.batch_size * options.sequence_length;
+        let has_room = |rows| if end.is_some() && allocate { rows } else { 0 };
+        Ok(Self {
+            end,
+            given: zeros(WHAT, has_room(rows))?,
+            words: zeros(WHAT, has_room(2 * rows))?,
+            on_device: end.map(|_| backend.bytes(arena, document_bytes(rows))),
+            are_there: false,
+            mixes,
+        })
     }
 
     /// What the pass over the batch is told.

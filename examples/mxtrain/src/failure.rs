@@ -87,6 +87,7 @@ fn option_name(what: &str) -> String {
         "total_steps" => "steps",
         "max_tokens" => "tokens",
         "frozen" => "freeze",
+        "document_end" | "documents" => "document-mask",
         "accumulation" | "batch_size" | "beta1" | "beta2" | "channels" | "clip" | "decay_steps"
         | "device" | "draft" | "draft_tokens" | "gradient_wire" | "heads" | "lanes" | "layers"
         | "lr" | "min_lr" | "min_p" | "mlp_channels" | "prompt" | "recipe"
