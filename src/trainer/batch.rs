@@ -1,6 +1,6 @@
 //! One micro-step's tokens, on the host and on the device.
 
-use super::documents::Packed;
+use super::documents::{Numbers, Packed};
 use super::parts::{Given, IGNORED};
 use crate::backend::{Backend, Sequences};
 use crate::data::Window;
@@ -73,7 +73,7 @@ impl<B: Backend> BatchBuffers<B> {
         let (t, rows) = (sequences.length, sequences.rows());
         let windows = self.windows.chunks_exact_mut(t + 1).take(sequences.batch).enumerate();
         if weighted {
-            let documents = self.packed.zeroed(rows)?.chunks_exact_mut(t);
+            let documents = self.packed.given.chunks_exact_mut(t);
             let weights = self.given_weights.chunks_exact_mut(t);
             for (((row, tokens), weights), documents) in windows.zip(weights).zip(documents) {
                 window(row, Window { tokens, weights, documents })?;
@@ -83,7 +83,8 @@ impl<B: Backend> BatchBuffers<B> {
                 window(row, Window { tokens, weights: &mut [], documents: &mut [] })?;
             }
         }
-        self.packed.find(sequences, (&self.windows, t + 1), weighted)?;
+        let numbers = if weighted { Numbers::OfWindows } else { Numbers::None };
+        self.packed.find(sequences, (&self.windows, t + 1), numbers)?;
         Ok(match weighted {
             true => Weighed::of(&self.given_weights[..rows]),
             false => Weighed { sum: rows as f64, targets: rows as u64 },
@@ -112,10 +113,11 @@ impl<B: Backend> BatchBuffers<B> {
             return Err(out_of_range("targets", at, targets[at], vocab_size));
         }
         if let Some(read) = given.documents {
-            read(self.packed.zeroed(rows)?);
+            read(&mut self.packed.given[..rows]);
         }
         let tokens = (&self.windows[..rows], sequences.length);
-        self.packed.find(sequences, tokens, given.documents.is_some())?;
+        let numbers = given.documents.map_or(Numbers::None, |_| Numbers::OfBatch);
+        self.packed.find(sequences, tokens, numbers)?;
         let weights = &mut self.given_weights[..rows];
         let mut weighted = given.weights.is_some();
         match given.weights {

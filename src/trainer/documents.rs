@@ -11,13 +11,24 @@ use crate::reserve::zeros;
 use crate::run::TrainerOptions;
 use crate::{Engine, Error, Result};
 
+/// Whose numbers of documents there are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Numbers {
+    None,
+    /// Of windows that the host fills: one whose numbers are all the same says nothing of documents.
+    OfWindows,
+    /// Of a batch of the host's.
+    OfBatch,
+}
+
 /// The documents of the batch last taken.
 pub(super) struct Packed<B: Backend> {
     /// The token that ends one, where nobody says which token belongs to which.
     end: Option<u32>,
     /// (B, T): numbers of documents, as the host gives them.
     pub(super) given: Vec<u32>,
-    /// (2, B, T): [`Documents`], and the same on the device, from the first batch on that has any.
+    /// (2, B, T): [`Documents`], and the same on the device; unless options say that there are any,
+    /// from the first batch on that has some.
     words: Vec<u32>,
     on_device: Option<B::Bytes>,
     /// Whether a sequence of the batch has more than one.
@@ -37,11 +48,12 @@ impl<B: Backend> Packed<B> {
     ) -> Result<Self> {
         let (end, mixes) = (options.document_end, options.mixes_documents());
         let rows = options.batch_size * options.sequence_length;
-        let has_room = |rows| if end.is_some() && allocate { rows } else { 0 };
+        let here = |len| if allocate { len } else { 0 };
+        let words = if end.is_some() { here(2 * rows) } else { 0 };
         Ok(Self {
             end,
-            given: zeros(WHAT, has_room(rows))?,
-            words: zeros(WHAT, has_room(2 * rows))?,
+            given: zeros(WHAT, here(rows))?,
+            words: zeros(WHAT, words)?,
             on_device: end.map(|_| backend.bytes(arena, document_bytes(rows))),
             are_there: false,
             mixes,
@@ -53,62 +65,60 @@ impl<B: Backend> Packed<B> {
         self.on_device.as_ref().filter(|_| self.are_there)
     }
 
-    /// Room for the numbers that the host gives of so many rows, each 0.
-    pub(super) fn zeroed(&mut self, rows: usize) -> Result<&mut [u32]> {
-        if self.given.len() < rows {
-            self.given = zeros(WHAT, rows)?;
-        }
-        let given = &mut self.given[..rows];
-        given.fill(0);
-        Ok(given)
-    }
-
-    /// Finds where documents begin: where the numbers `given` change, where there are such and they
-    /// do, or else behind tokens that end one, in rows `tokens` that begin a `stride` apart.
+    /// Finds where documents begin in sequences of which `tokens` have those that begin a `stride` apart.
     pub(super) fn find(
         &mut self,
-        sequences: Sequences,
+        Sequences { batch, length }: Sequences,
         (tokens, stride): (&[u32], usize),
-        is_given: bool,
+        numbers: Numbers,
     ) -> Result<()> {
         let Self { end, given, words, are_there, mixes, .. } = self;
-        let Sequences { length, .. } = sequences;
-        let rows = sequences.rows();
         *are_there = false;
-        let of_row = |row: usize| (row / length, row % length);
-        let changes = |row: usize| given[row] != given[row - 1];
-        let is_end = |row: usize| {
-            let (sequence, position) = of_row(row);
-            Some(tokens[sequence * stride + position - 1]) == *end
+        if end.is_none() && numbers == Numbers::None {
+            return Ok(());
+        }
+        let (given, end): (&[u32], _) = (given, *end);
+        // Where documents begin in a sequence, besides its first position.
+        let begins_of = |sequence: usize| {
+            let tokens = &tokens[sequence * stride..][..length];
+            let numbered =
+                Some(&given[sequence * length..][..length]).filter(|all| match numbers {
+                    Numbers::None => false,
+                    Numbers::OfWindows => all.windows(2).any(|pair| pair[0] != pair[1]),
+                    Numbers::OfBatch => true,
+                });
+            move |position: usize| match numbered {
+                Some(numbers) => numbers[position] != numbers[position - 1],
+                None => Some(tokens[position - 1]) == end,
+            }
         };
-        let within = || (0..rows).filter(|row| row % length > 0);
-        let is_given = is_given && within().any(changes);
-        let begins = |row: usize| if is_given { changes(row) } else { is_end(row) };
-        if !is_given && (end.is_none() || !within().any(is_end)) {
+        if !(0..batch).any(|sequence| (1..length).any(begins_of(sequence))) {
             return Ok(());
         }
         if let Some(message) = mixes {
             return Err(Error::invalid("documents", message.clone()));
         }
+        let rows = batch * length;
         if words.len() < 2 * rows {
             *words = zeros(WHAT, 2 * rows)?;
         }
         let (starts, ends) = words[..2 * rows].split_at_mut(rows);
-        let mut start = 0;
-        for (row, to) in starts.iter_mut().enumerate() {
-            let (_, position) = of_row(row);
-            if position == 0 || begins(row) {
-                start = position as u32;
+        let sequences = starts.chunks_exact_mut(length).zip(ends.chunks_exact_mut(length));
+        for (sequence, (starts, ends)) in sequences.enumerate() {
+            let begins = begins_of(sequence);
+            let (mut start, mut last) = (0, length as u32);
+            for (position, to) in starts.iter_mut().enumerate() {
+                if position > 0 && begins(position) {
+                    start = position as u32;
+                }
+                *to = start;
             }
-            *to = start;
-        }
-        let mut end = 0;
-        for (row, to) in ends.iter_mut().enumerate().rev() {
-            let (_, position) = of_row(row);
-            if position + 1 == length || begins(row + 1) {
-                end = position as u32 + 1;
+            for (position, to) in ends.iter_mut().enumerate().rev() {
+                *to = last;
+                if position > 0 && begins(position) {
+                    last = position as u32;
+                }
             }
-            *to = end;
         }
         *are_there = true;
         Ok(())

@@ -85,10 +85,13 @@ int main(void) {
   mxt_trainer *by_token = NULL;
   OK(mxt_trainer_new(model, &options, &by_token));
   CHECK(loss_of(by_token, &batch) == packed);
-  documents[4] = 1;
-  documents[5] = UINT32_MAX;
   batch.documents = documents;
   CHECK(loss_of(by_token, &batch) == packed);
+  for (size_t i = 0; i < ROWS; i++) documents[i] = 5;
+  CHECK(loss_of(by_token, &batch) == loss_of(trainer, &batch) &&
+        loss_of(trainer, &batch) != packed);
+  for (size_t of = 0; of < 4; of++)
+    for (size_t i = firsts[of]; i < firsts[of + 1]; i++) documents[i] = (uint32_t)of % 2;
   mxt_trainer_options kept;
   kept.struct_size = sizeof kept;
   OK(mxt_trainer_get_options(by_token, &kept));
@@ -134,7 +137,8 @@ int main(void) {
   batch.count = ROWS - 1;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "count", mxt_trainer_forward_backward(trainer, &batch));
   batch.count = SIZE_MAX;
-  FAILS(MXT_ERROR_INVALID_ARGUMENT, "count", mxt_trainer_forward_backward(trainer, &batch));
+  batch.losses = NULL;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "in memory", mxt_trainer_forward_backward(trainer, &batch));
   options = small_options();
   options.document_end = END;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "has_document_end", mxt_trainer_new(model, &options, &other));
