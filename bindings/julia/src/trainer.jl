@@ -401,9 +401,8 @@ function with_trainer_options(
             optimizer = c_string(mover),
             token_drop = c_string(drop),
             frozen = c_string(stays),
-            has_document_end = Int32(document_end !== nothing),
-            document_end = document_end === nothing ? UInt32(0) :
-                           c_number(UInt32, "document_end", document_end),
+            has_document_end = document_end === nothing ? 0 : 1,
+            document_end = c_number(UInt32, "document_end", something(document_end, 0)),
             schedule = number - 1,
         )
         how = filled(Lib.mxt_trainer_options, Lib.mxt_trainer_options_init, fields, managed)
