@@ -696,6 +696,15 @@ typedef int32_t (*mxt_window_fn)(void *user_data,
                                  float *weights,
                                  size_t sequence_length);
 
+// Fills window `number` of a dataset, as mxt_window_fn, and `documents` besides: for each of the
+// sequence_length inputs the number of the document that it is of, which is 0 before.
+typedef int32_t (*mxt_packed_window_fn)(void *user_data,
+                                        uint64_t number,
+                                        uint32_t *tokens,
+                                        float *weights,
+                                        uint32_t *documents,
+                                        size_t sequence_length);
+
 // What sequences of some length read of a dataset. Set struct_size to sizeof(mxt_coverage) before
 // the call that fills it.
 typedef struct mxt_coverage {
@@ -809,6 +818,15 @@ typedef struct mxt_trainer_options {
   // third of its products. A pattern that fits no name is an error. NULL (default) freezes
   // nothing. Borrowed for the call.
   const char *frozen;
+  // 1 keeps documents apart that end with the token `document_end`. Default 0.
+  int32_t has_document_end;
+  // The token that ends a document, as 50256 does in GPT-2's vocabulary, with has_document_end: of
+  // all windows and batches in which the host does not say which token is of which document,
+  // attention looks at no document but a token's own, and positions are counted from where it
+  // begins, so that packed documents are as if each were alone. Losses are of all targets as ever,
+  // for weights say what counts. Saved with the run. Not with token_drop, nor a recipe with
+  // "haste". Default 0.
+  uint32_t document_end;
 } mxt_trainer_options;
 
 // What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that
@@ -958,6 +976,14 @@ typedef struct mxt_batch {
   mxt_loss_fn loss;
   // Passed to `loss`.
   void *user_data;
+  // The number of the document that each token is of. Where it changes along a sequence another
+  // document begins: attention looks at no document but a token's own, and positions are counted
+  // from where it begins, so that each has the logits that it has alone. What is predicted across
+  // an end counts unless its target is ignored or its weight is 0. Not with a token_drop or a
+  // recipe with "haste". The first batch with more than one document in a sequence allocates 8
+  // bytes a token. NULL (default) takes document_end of the trainer's options or, without it,
+  // each sequence as one document.
+  const uint32_t *documents;
 } mxt_batch;
 
 // What an update did to a tensor. Set struct_size to sizeof(mxt_tensor_update) before the call
@@ -1618,6 +1644,19 @@ mxt_status mxt_dataset_from_windows(uint64_t count,
                                     mxt_user_data_free_fn user_data_free,
                                     struct mxt_dataset **dataset);
 
+// mxt_dataset_from_windows of windows that are packed with documents, which are kept apart as those
+// of mxt_batch are: where the number changes along a window another document begins. A window whose
+// numbers are all the same is cut at document_end of the trainer's options, where there is one. The
+// last input of a document has the first of the next as its target: its weight is to be 0 where that
+// is not to be learned.
+//
+// Errors: as mxt_dataset_from_windows.
+mxt_status mxt_dataset_from_packed_windows(uint64_t count,
+                                           mxt_packed_window_fn fill,
+                                           void *user_data,
+                                           mxt_user_data_free_fn user_data_free,
+                                           struct mxt_dataset **dataset);
+
 // Number of tokens in all files; 0 where the host fills windows, and if `dataset` is NULL. Any thread
 // may call it at any time.
 uint64_t mxt_dataset_token_count(const struct mxt_dataset *dataset);
@@ -1881,7 +1920,8 @@ mxt_status mxt_batch_init(struct mxt_batch *batch,
 // wait for an update; evaluating and saving go on, and a checkpoint does not have them.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; more
-// batches than a step has; gradients that were written or scaled; an optimizer with "ramping"),
+// batches than a step has; gradients that were written or scaled; an optimizer with "ramping";
+// documents with a token_drop or "haste"),
 // MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still
 // wait then. MXT_STOPPED (`loss` returned another number than 0): none of them does any more, and
 // the step begins anew.

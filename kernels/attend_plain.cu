@@ -1,6 +1,8 @@
 // Causal attention in plain arithmetic, for f32 and for head sizes that no tile takes: a warp owns
 // a query (or, for dk and dv, a key), and goes through the other side 32 rows at a time. Head sizes
 // up to 256. attention_delta serves all kernels.
+//
+// S is Heads or PackedHeads: of the latter a document has the bits that it has alone.
 
 #define MOST_PER_LANE 8  // head_size / 32, rounded up
 
@@ -20,8 +22,8 @@ __device__ __forceinline__ float dot(const float *a, const T *b, u32 n) {
 
 // out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
 // Grid: (T / 4 rounded up, H, B); block: 128; dynamic shared memory: 16 head_size bytes.
-template <class T>
-__global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, Heads s) {
+template <class T, class S = Heads>
+__global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, S s) {
   begin();
   extern __shared__ float rows[];
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
@@ -32,7 +34,7 @@ __global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, H
   for (u32 i = lane; i < d; i += WARP) q[i] = to_f32(base[(size_t)query * 3 * c + i]) * scale;
   __syncwarp();
   float most = -__int_as_float(0x7f800000), sum = 0.0f, acc[MOST_PER_LANE] = {};
-  for (u32 first = 0; first <= query; first += WARP) {
+  for (u32 first = s.start(blockIdx.z, query); first <= query; first += WARP) {
     u32 key = first + lane;
     float score = -__int_as_float(0x7f800000);
     if (key <= query) score = dot(q, base + (size_t)key * 3 * c + c, d);
@@ -54,8 +56,7 @@ __global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, H
   float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < MOST_PER_LANE; m++)
-    if (m * WARP + lane < d)
-      store(out + row * c + h * d + m * WARP + lane, acc[m] / sum, largest);
+    if (m * WARP + lane < d) store(out + row * c + h * d + m * WARP + lane, acc[m] / sum, largest);
   note_amax(amax, largest);
   if (lane == 0) lse[((size_t)blockIdx.z * s.heads + h) * s.length + query] = most + logf(sum);
 }
@@ -97,9 +98,9 @@ __global__ void attention_delta(float *delta, const T *dout, const T *out, u32 r
 }
 
 // dq of dqkv (B, T, 3 C). Launch as forward, with twice the shared memory.
-template <class T>
+template <class T, class S = Heads>
 __global__ void attention_dq(T *dqkv, u32 *amax, const T *dout, const float *lse,
-                             const float *delta, const T *qkv, Heads s) {
+                             const float *delta, const T *qkv, S s) {
   begin();
   extern __shared__ float rows[];
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
@@ -115,7 +116,7 @@ __global__ void attention_dq(T *dqkv, u32 *amax, const T *dout, const float *lse
   __syncwarp();
   size_t place = ((size_t)blockIdx.z * s.heads + h) * s.length + query;
   float log_sum = lse[place], mean = delta[place], acc[MOST_PER_LANE] = {};
-  for (u32 first = 0; first <= query; first += WARP) {
+  for (u32 first = s.start(blockIdx.z, query); first <= query; first += WARP) {
     u32 key = first + lane;
     float ds = 0.0f;
     if (key <= query) {
@@ -138,9 +139,9 @@ __global__ void attention_dq(T *dqkv, u32 *amax, const T *dout, const float *lse
 }
 
 // dk and dv of dqkv (B, T, 3 C): a warp owns a key. Launch as dq.
-template <class T>
+template <class T, class S = Heads>
 __global__ void attention_dkdv(T *dqkv, u32 *amax, const T *dout, const float *lse,
-                               const float *delta, const T *qkv, Heads s) {
+                               const float *delta, const T *qkv, S s) {
   begin();
   extern __shared__ float rows[];
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
@@ -156,14 +157,15 @@ __global__ void attention_dkdv(T *dqkv, u32 *amax, const T *dout, const float *l
   }
   __syncwarp();
   float dk[MOST_PER_LANE] = {}, dv[MOST_PER_LANE] = {};
-  for (u32 first = key; first < s.length; first += WARP) {
+  u32 end = s.end(blockIdx.z, key);
+  for (u32 first = key; first < end; first += WARP) {
     u32 query = first + lane;
     float p = 0.0f, ds = 0.0f;
-    if (query < s.length) {
+    if (query < end) {
       p = expf(dot(k, base + (size_t)query * 3 * c, d) - lse[places + query]);
       ds = p * (dot(v, gradient + (size_t)query * c, d) - delta[places + query]) * scale;
     }
-    for (u32 j = 0; j < WARP && first + j < s.length; j++) {
+    for (u32 j = 0; j < WARP && first + j < end; j++) {
       float pj = __shfl_sync(FULL_WARP, p, j), dsj = __shfl_sync(FULL_WARP, ds, j);
       const T *q = base + (size_t)(first + j) * 3 * c, *g = gradient + (size_t)(first + j) * c;
 #pragma unroll

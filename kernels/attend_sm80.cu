@@ -10,6 +10,10 @@
 // Head sizes are multiples of 8; tiles are D wide, columns beyond the head are zeros. Rows of tiles
 // in shared memory are swizzled: chunk c of 16 bytes lies at c ^ (row % 8), so that the 8 rows that
 // ldmatrix reads at a time lie in different banks.
+//
+// S is Heads or PackedHeads. Tiles of keys before the document of a warp's first query are left
+// out, and so are tiles of queries behind the document of its last key; within those that are left,
+// scores of other documents are masked. A query may then have seen no key after its first tile.
 
 __device__ __forceinline__ void ldmatrix(u32 r[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -69,9 +73,9 @@ extern __shared__ __align__(128) u8 tiles[];
 // out (B, T, C) and lse (B, H, T), the natural logarithm of the sum of exponentials, from qkv
 // (B, T, 3 C). A warp owns MT x 16 queries; the block goes through the keys BN at a time.
 // Grid: (T / (16 MT WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory: 8 BN D bytes.
-template <int D, int WARPS, int MT, int BN>
+template <int D, int WARPS, int MT, int BN, class S = Heads>
 __global__ void __launch_bounds__(WARP *WARPS)
-    flash_forward(bf16 *out, float *lse, u32 *amax, const bf16 *qkv, Heads s) {
+    flash_forward(bf16 *out, float *lse, u32 *amax, const bf16 *qkv, S s) {
   begin();
   constexpr int BM = 16 * MT * WARPS, THREADS = WARP * WARPS;
   static_assert(BM * D * 2 <= 8 * BN * D, "the queries pass through the space of keys and values");
@@ -111,16 +115,22 @@ __global__ void __launch_bounds__(WARP *WARPS)
   float o[MT][D / 8][4] = {}, most[MT][2], sum[MT][2] = {};
 #pragma unroll
   for (int m = 0; m < MT; m++) most[m][0] = most[m][1] = -infinity;
+  u32 warp_start = s.start(batch, warp_q0), start[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) start[m][r] = s.start(batch, warp_q0 + m * 16 + g + r * 8);
 
-  load(0);
+  u32 first_step = s.start(batch, q0) / BN;
+  load(first_step);
   commit();
-  for (u32 step = 0; step < steps; step++) {
+  for (u32 step = first_step; step < steps; step++) {
     if (step + 1 < steps) load(step + 1);
     commit();
     wait<1>();
     __syncthreads();
     u32 key0 = step * BN;
-    if (key0 < warp_q0 + 16 * MT) {
+    if (key0 < warp_q0 + 16 * MT && (!S::PACKED || key0 + BN > warp_start)) {
       // Scores.
       float p[MT][BN / 8][4] = {};
       Tile<D> keys_tile = tile(step, 0), values_tile = tile(step, 1);
@@ -147,6 +157,15 @@ __global__ void __launch_bounds__(WARP *WARPS)
               if (key0 + n * 8 + t * 2 + i % 2 > warp_q0 + m * 16 + g + i / 2 * 8)
                 p[m][n][i] = -infinity;
       }
+      if (S::PACKED) {
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+          for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              if (key0 + n * 8 + t * 2 + i % 2 < start[m][i / 2]) p[m][n][i] = -infinity;
+      }
       // Softmax so far: what was summed shrinks when a larger score comes.
 #pragma unroll
       for (int m = 0; m < MT; m++)
@@ -158,8 +177,9 @@ __global__ void __launch_bounds__(WARP *WARPS)
             larger = fmaxf(larger, fmaxf(p[m][n][2 * r], p[m][n][2 * r + 1]));
           larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 1));
           larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 2));
-          float shrink = exp2_fast((most[m][r] - larger) * scale), shift = larger * scale,
-                total = 0.0f;
+          // Where no key has been seen yet there is nothing to shrink, and no difference to take.
+          float from = S::PACKED && larger == -infinity ? 0.0f : larger;
+          float shrink = exp2_fast((most[m][r] - from) * scale), shift = from * scale, total = 0.0f;
           most[m][r] = larger;
 #pragma unroll
           for (int n = 0; n < BN / 8; n++)
@@ -295,10 +315,10 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
 // time. Scores are computed transposed, (keys, queries), which makes them left operands of dk and
 // dv. Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory: 64 WARPS D +
 // 8 BQ D + 16 BQ bytes.
-template <int D, int WARPS, int BQ>
+template <int D, int WARPS, int BQ, class S = Heads>
 __global__ void __launch_bounds__(WARP *WARPS)
     flash_dkdv(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
-               const bf16 *qkv, Heads s) {
+               const bf16 *qkv, S s) {
   begin();
   constexpr int BK = 16 * WARPS, THREADS = WARP * WARPS;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -330,7 +350,9 @@ __global__ void __launch_bounds__(WARP *WARPS)
   };
   copy_tile<D, BK, THREADS>(k_tile, k + k0 * stride, stride, length - k0, d);
   copy_tile<D, BK, THREADS>(v_tile, v + k0 * stride, stride, length - k0, d);
-  u32 first_step = k0 / BQ, steps = (length + BQ - 1) / BQ;
+  u32 first_step = k0 / BQ, steps = (s.end(batch, k0 + BK - 1) + BQ - 1) / BQ;
+  u32 warp_end = s.end(batch, warp_k0 + 15);
+  u32 end[2] = {s.end(batch, warp_k0 + g), s.end(batch, warp_k0 + g + 8)};
   load(first_step);
   commit();
   wait<0>();
@@ -343,7 +365,7 @@ __global__ void __launch_bounds__(WARP *WARPS)
     wait<1>();
     __syncthreads();
     u32 q0 = step * BQ;
-    if (q0 + BQ > warp_k0) {
+    if (q0 + BQ > warp_k0 && (!S::PACKED || q0 < warp_end)) {
       const float *lse2 = numbers + step % 2 * 2 * BQ, *mean = lse2 + BQ;
       float p[BQ / 8][4] = {}, ds[BQ / 8][4] = {};
       keys.template multiply<BQ>(p, tile(step, 0));
@@ -354,6 +376,7 @@ __global__ void __launch_bounds__(WARP *WARPS)
           u32 query = n * 8 + t * 2 + i % 2;
           p[n][i] = exp2_fast(p[n][i] * (scale * LOG2E) - lse2[query]);
           if (warp_k0 + g + i / 2 * 8 > q0 + query) p[n][i] = 0.0f;
+          if (S::PACKED && q0 + query >= end[i / 2]) p[n][i] = 0.0f;
         }
       multiply_into<D, BQ>(dv, p, tile(step, 1));
       values.template multiply<BQ>(ds, tile(step, 1));
@@ -374,10 +397,10 @@ __global__ void __launch_bounds__(WARP *WARPS)
 // dq of dqkv (B, T, 3 C). A warp owns 16 queries; the block goes through the keys BN at a time.
 // Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory:
 // 64 WARPS D + 8 BN D bytes.
-template <int D, int WARPS, int BN>
+template <int D, int WARPS, int BN, class S = Heads>
 __global__ void __launch_bounds__(WARP *WARPS)
     flash_dq(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
-             const bf16 *qkv, Heads s) {
+             const bf16 *qkv, S s) {
   begin();
   constexpr int BM = 16 * WARPS, THREADS = WARP * WARPS;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -401,7 +424,8 @@ __global__ void __launch_bounds__(WARP *WARPS)
   };
   copy_tile<D, BM, THREADS>(q_tile, q + q0 * stride, stride, length - q0, d);
   copy_tile<D, BM, THREADS>(g_tile, gradient + (size_t)q0 * c, c, length - q0, d);
-  load(0);
+  u32 first_step = s.start(batch, q0) / BN, warp_start = s.start(batch, warp_q0), start[2];
+  load(first_step);
   commit();
   wait<0>();
   __syncthreads();
@@ -412,16 +436,17 @@ __global__ void __launch_bounds__(WARP *WARPS)
     u32 row = warp_q0 + g + r * 8;
     lse2[r] = row < length ? lse[places + row] * LOG2E : __int_as_float(0x7f800000);
     mean[r] = row < length ? delta[places + row] : 0.0f;
+    start[r] = s.start(batch, row);
   }
   u32 steps = (min(q0 + BM, length) + BN - 1) / BN;
   float scale = s.scale(), dq[D / 8][4] = {};
-  for (u32 step = 0; step < steps; step++) {
+  for (u32 step = first_step; step < steps; step++) {
     if (step + 1 < steps) load(step + 1);
     commit();
     wait<1>();
     __syncthreads();
     u32 key0 = step * BN;
-    if (key0 < warp_q0 + 16) {
+    if (key0 < warp_q0 + 16 && (!S::PACKED || key0 + BN > warp_start)) {
       float p[BN / 8][4] = {}, ds[BN / 8][4] = {};
       queries.template multiply<BN>(p, tile(step, 0));
       gradients.template multiply<BN>(ds, tile(step, 1));
@@ -430,7 +455,8 @@ __global__ void __launch_bounds__(WARP *WARPS)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           float weight = exp2_fast(p[n][i] * (scale * LOG2E) - lse2[i / 2]);
-          if (key0 + n * 8 + t * 2 + i % 2 > warp_q0 + g + i / 2 * 8) weight = 0.0f;
+          u32 key = key0 + n * 8 + t * 2 + i % 2;
+          if (key > warp_q0 + g + i / 2 * 8 || S::PACKED && key < start[i / 2]) weight = 0.0f;
           ds[n][i] = weight * (ds[n][i] - mean[i / 2]);
         }
       multiply_into<D, BN>(dq, ds, tile(step, 0));

@@ -15,6 +15,8 @@
 //
 // Tiles are D wide, in panels of 64 columns (128 bytes); columns beyond the head are zeros. Chunk c
 // of 16 bytes of a panel's row lies at c ^ (row % 8), the swizzle that wgmma calls 128B.
+//
+// S is Heads or PackedHeads: documents as in attend_sm80.cu, tiles left out for a warpgroup.
 
 #define WARPGROUP 128
 #define STAGES 3
@@ -91,8 +93,9 @@ template <int N> struct Sums {
   }
 };
 
-// Whether keys after a query are left out in a step. It is a type, so that the steps without that
-// are compiled without a branch for it, which would make the compiler serialize all products.
+// Whether keys after a query, and those of other documents, are left out in a step. It is a type,
+// so that the steps without that are compiled without a branch for it, which would make the
+// compiler serialize all products.
 template <bool VALUE> struct Diagonal {
   static constexpr bool value = VALUE;
 };
@@ -100,6 +103,10 @@ template <bool VALUE> struct Diagonal {
 // What all threads of a warp agree on; the compiler does not serialize products under such
 // conditions.
 __device__ __forceinline__ u32 uniform(u32 x) { return __shfl_sync(FULL_WARP, x, 0); }
+// The same of what a sequence's documents say, which is constant where it has none.
+template <class S> __device__ __forceinline__ u32 uniform_of(u32 x) {
+  return S::PACKED ? uniform(x) : x;
+}
 
 // Orders products after what threads wrote to their registers.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -113,11 +120,11 @@ template <int PENDING> __device__ __forceinline__ void wait() {
 
 #define S4(n) "+f"(c.s[n][0]), "+f"(c.s[n][1]), "+f"(c.s[n][2]), "+f"(c.s[n][3])
 #define S32(n) S4(n), S4(n + 1), S4(n + 2), S4(n + 3), S4(n + 4), S4(n + 5), S4(n + 6), S4(n + 7)
-#define R32                                                                                        \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "          \
+#define R32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define R64                                                                                        \
-  R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, "    \
+#define R64 \
+  R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
       "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // c (64, N) = or += a (64, 16) b (16, N), both along their rows in shared memory.
@@ -231,9 +238,9 @@ extern __shared__ __align__(1024) u8 tiles[];
 // it is multiplied with its values.
 // Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory:
 // 128 GROUPS D + 12 BN D bytes and 1,024 to align them.
-template <int D, int GROUPS, int BN, int AT_ONCE>
+template <int D, int GROUPS, int BN, int AT_ONCE, class S = Heads>
 __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
-    wgmma_forward(bf16 *out, float *lse, u32 *amax, const bf16 *qkv, Heads s) {
+    wgmma_forward(bf16 *out, float *lse, u32 *amax, const bf16 *qkv, S s) {
   begin();
   constexpr int BM = 64 * GROUPS, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
@@ -260,6 +267,13 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
   u32 steps = (min(q0 + BM, length) + BN - 1) / BN;
   // Steps of this warpgroup; the others only help to load.
   u32 own = min(steps, (group_q0 + 64 + BN - 1) / BN);
+  // The first step of the block, and of the warpgroup; from `apart` on all keys of a step are of
+  // the document of every query.
+  u32 first_step = uniform_of<S>(s.start(batch, q0) / BN),
+      from = uniform_of<S>(s.start(batch, group_q0) / BN);
+  u32 apart = uniform_of<S>((s.start(batch, group_q0 + 63) + BN - 1) / BN);
+  u32 own_query = group_q0 + warp % 4 * 16 + g;
+  u32 start[2] = {s.start(batch, own_query), s.start(batch, own_query + 8)};
   Sums<D> o;
   Sums<BN> p;
   float weights[BN / 8][4], shrink[2];
@@ -273,9 +287,11 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
     for (int n = 0; n < BN / 8; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        // A key after the query does not count.
-        bool later = diagonal.value && key0 + n * 8 + t * 2 + i % 2 > query + i / 2 * 8;
-        weights[n][i] = later ? -infinity : p.s[n][i];
+        // A key after the query does not count, nor one of another document.
+        u32 key = key0 + n * 8 + t * 2 + i % 2;
+        bool later = diagonal.value && key > query + i / 2 * 8;
+        bool apart = S::PACKED && diagonal.value && key < start[i / 2];
+        weights[n][i] = later || apart ? -infinity : p.s[n][i];
       }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -285,9 +301,11 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
         larger = fmaxf(larger, fmaxf(weights[n][2 * r], weights[n][2 * r + 1]));
       larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 1));
       larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 2));
-      shrink[r] = exp2_fast((most[r] - larger) * scale);
+      // Where no key has been seen yet there is nothing to shrink, and no difference to take.
+      float base = S::PACKED && larger == -infinity ? 0.0f : larger;
+      shrink[r] = exp2_fast((most[r] - base) * scale);
       most[r] = larger;
-      float shift = larger * scale, total = 0.0f;
+      float shift = base * scale, total = 0.0f;
 #pragma unroll
       for (int n = 0; n < BN / 8; n++)
 #pragma unroll
@@ -304,15 +322,15 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
     if (step + 1 < steps) load(step + 1);
   };
   copy_tile<D, BM, THREADS>(q_tile, q + q0 * stride, stride, length - q0, s.head_size);
-  load(0);
-  auto first = [&](auto diagonal) {
-    next(0);
+  load(first_step);
+  auto first = [&](u32 step, auto diagonal) {
+    next(step);
     fence();
-    multiply_rows<D, BN, BM>(p, q_tile, group * 64, tile(0, 0));
+    multiply_rows<D, BN, BM>(p, q_tile, group * 64, tile(step, 0));
     commit();
     wait<0>();
     p.settle();
-    softmax(0, diagonal);
+    softmax(step, diagonal);
     pack<BN>(packed, weights);
   };
   auto another = [&](u32 step, auto diagonal) {
@@ -333,13 +351,21 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
       for (int i = 0; i < 4; i++) o.s[x][i] *= shrink[i / 2];
     pack<BN>(packed, weights);
   };
-  // Of the steps, only the last holds keys after a query.
-  if (own > 1) {
-    first(Diagonal<false>());
+  // Of the steps, only the last holds keys after a query, and the first ones those of documents
+  // before a query's.
+  if constexpr (S::PACKED) {
+    for (u32 step = first_step; step < from; step++) next(step);
+    first(from, Diagonal<true>());
+    u32 step = from + 1;
+    for (; step + 1 < own && step < apart; step++) another(step, Diagonal<true>());
+    for (; step + 1 < own; step++) another(step, Diagonal<false>());
+    if (step < own) another(step, Diagonal<true>());
+  } else if (own > 1) {
+    first(0, Diagonal<false>());
     for (u32 step = 1; step + 1 < own; step++) another(step, Diagonal<false>());
     another(own - 1, Diagonal<true>());
   } else {
-    first(Diagonal<true>());
+    first(0, Diagonal<true>());
   }
   for (u32 step = own; step < steps; step++) next(step);
   fence();
@@ -372,10 +398,10 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
 // a time. Scores are computed transposed, (keys, queries), which makes them left operands of dk and
 // dv. Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory: 256
 // GROUPS D + 768 D + 1,536 bytes and 1,024 to align them.
-template <int D, int GROUPS>
+template <int D, int GROUPS, class S = Heads>
 __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
     wgmma_dkdv(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
-               const bf16 *qkv, Heads s) {
+               const bf16 *qkv, S s) {
   begin();
   constexpr int BK = 64 * GROUPS, BQ = 64, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
@@ -404,7 +430,7 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
   };
   copy_tile<D, BK, THREADS>(k_tile, k + k0 * stride, stride, length - k0, d);
   copy_tile<D, BK, THREADS>(v_tile, v + k0 * stride, stride, length - k0, d);
-  u32 first_step = k0 / BQ, steps = (length + BQ - 1) / BQ;
+  u32 first_step = k0 / BQ, steps = uniform_of<S>((s.end(batch, k0 + BK - 1) + BQ - 1) / BQ);
   load(first_step);
 
   float scale = s.scale();
@@ -432,16 +458,20 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
     p.settle();
     // Zeros stand for queries beyond the end: their dout is zero, and so is all that comes of it.
     u32 key = group_k0 + warp % 4 * 16 + g;
+    u32 end[2] = {s.end(batch, key), s.end(batch, key + 8)};
 #pragma unroll
     for (int n = 0; n < BQ / 8; n++) {
       float2 log_sum;
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                   : "=f"(log_sum.x), "=f"(log_sum.y) : "r"(number(step, 0) + (n * 8 + t * 2) * 4));
+                   : "=f"(log_sum.x), "=f"(log_sum.y)
+                   : "r"(number(step, 0) + (n * 8 + t * 2) * 4));
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         float shift = (i % 2 ? log_sum.y : log_sum.x) * LOG2E;
         weights[n][i] = exp2_fast(p.s[n][i] * (scale * LOG2E) - shift);
-        if (diagonal.value && key + i / 2 * 8 > q0 + n * 8 + t * 2 + i % 2) weights[n][i] = 0.0f;
+        u32 query = q0 + n * 8 + t * 2 + i % 2;
+        if (diagonal.value && key + i / 2 * 8 > query) weights[n][i] = 0.0f;
+        if (S::PACKED && diagonal.value && query >= end[i / 2]) weights[n][i] = 0.0f;
       }
     }
     pack<BQ>(packed, weights);
@@ -451,7 +481,8 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
     for (int n = 0; n < BQ / 8; n++) {
       float2 mean;
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                   : "=f"(mean.x), "=f"(mean.y) : "r"(number(step, 1) + (n * 8 + t * 2) * 4));
+                   : "=f"(mean.x), "=f"(mean.y)
+                   : "r"(number(step, 1) + (n * 8 + t * 2) * 4));
 #pragma unroll
       for (int i = 0; i < 4; i++)
         products[n][i] = weights[n][i] * (ds.s[n][i] - (i % 2 ? mean.y : mean.x));
@@ -464,11 +495,24 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
     multiply_packed<D, BQ>(dk, packed_ds, tile(step, 0));
     commit();
   };
-  if (own == steps) return; // All of the warpgroup's keys lie beyond the end.
+  if (own == steps) return;  // All of the warpgroup's keys lie beyond the end.
   body(own, Diagonal<true>());
-  for (u32 step = own + 1; step < steps; step++) body(step, Diagonal<false>());
-  wait<0>();
-  dk.settle(), dv.settle();
+  if constexpr (S::PACKED) {
+    // Up to `apart` all queries of a step are of the document of every key, and from `ends` on
+    // none.
+    u32 apart = uniform_of<S>(s.end(batch, group_k0) / BQ), step = own + 1;
+    u32 ends = min(steps, uniform_of<S>((s.end(batch, group_k0 + 63) + BQ - 1) / BQ));
+    for (; step < ends && step < apart; step++) body(step, Diagonal<false>());
+    for (; step < ends; step++) body(step, Diagonal<true>());
+    wait<0>();
+    dk.settle(), dv.settle();
+    // What is loaded from here on may lie where these products have read.
+    for (; step < steps; step++) next(step);
+  } else {
+    for (u32 step = own + 1; step < steps; step++) body(step, Diagonal<false>());
+    wait<0>();
+    dk.settle(), dv.settle();
+  }
   // The keys and values of the warpgroup make room for the results.
   warpgroup_sync(group);
   u32 row0 = group_k0 + warp % 4 * 16, valid = rows_left(length, row0);
@@ -481,10 +525,10 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
 // dq of dqkv (B, T, 3 C). A warpgroup owns 64 queries; the block goes through the keys BN at a
 // time. Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory: 256
 // GROUPS D + 12 BN D bytes and 1,024 to align them.
-template <int D, int GROUPS, int BN>
+template <int D, int GROUPS, int BN, class S = Heads>
 __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
     wgmma_dq(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
-             const bf16 *qkv, Heads s) {
+             const bf16 *qkv, S s) {
   begin();
   constexpr int BM = 64 * GROUPS, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
@@ -509,9 +553,12 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
   };
   copy_tile<D, BM, THREADS>(q_tile, q + q0 * stride, stride, length - q0, d);
   copy_tile<D, BM, THREADS>(g_tile, gradient + (size_t)q0 * c, c, length - q0, d);
-  load(0);
+  // As in the forward pass.
+  u32 first_step = uniform_of<S>(s.start(batch, q0) / BN);
+  load(first_step);
 
   u32 query = group_q0 + warp % 4 * 16 + g;
+  u32 start[2] = {s.start(batch, query), s.start(batch, query + 8)};
   float lse2[2], mean[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -546,8 +593,9 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         weights[n][i] = exp2_fast(p.s[n][i] * (scale * LOG2E) - lse2[i / 2]);
-        if (diagonal.value && key0 + n * 8 + t * 2 + i % 2 > query + i / 2 * 8)
-          weights[n][i] = 0.0f;
+        u32 key = key0 + n * 8 + t * 2 + i % 2;
+        if (diagonal.value && key > query + i / 2 * 8) weights[n][i] = 0.0f;
+        if (S::PACKED && diagonal.value && key < start[i / 2]) weights[n][i] = 0.0f;
       }
     wait<0>();
     ds.settle();
@@ -560,7 +608,15 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
     multiply_packed<D, BN>(dq, packed, tile(step, 0));
     commit();
   };
-  for (u32 step = 0; step + 1 < own; step++) body(step, Diagonal<false>());
+  if constexpr (S::PACKED) {
+    u32 from = uniform_of<S>(s.start(batch, group_q0) / BN);
+    u32 apart = uniform_of<S>((s.start(batch, group_q0 + 63) + BN - 1) / BN), step = from;
+    for (u32 before = first_step; before < from; before++) next(before);
+    for (; step + 1 < own && step < apart; step++) body(step, Diagonal<true>());
+    for (; step + 1 < own; step++) body(step, Diagonal<false>());
+  } else {
+    for (u32 step = 0; step + 1 < own; step++) body(step, Diagonal<false>());
+  }
   body(own - 1, Diagonal<true>());
   for (u32 step = own; step < steps; step++) next(step);
   wait<0>();

@@ -1,13 +1,14 @@
 // Token and position embeddings.
 
-// out (B T, C) = row `token` of wte plus row `position` of wpe. Grid: rows; block: 128.
+// out (B T, C) = row `token` of wte plus row `position` of wpe, which is counted from `starts` (B
+// T), where a row's document begins, unless that is null. Grid: rows; block: 128.
 template <class T>
 __global__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const T *wpe,
-                                  u32 length, u32 channels) {
+                                  const u32 *starts, u32 length, u32 channels) {
   begin();
-  u32 row = blockIdx.x;
+  u32 row = blockIdx.x, place = row % length - (starts ? starts[row] : 0);
   const T *token = wte + (size_t)tokens[row] * channels;
-  const T *position = wpe + (size_t)(row % length) * channels;
+  const T *position = wpe + (size_t)place * channels;
   out += (size_t)row * channels;
   if (channels % 8 == 0) {
     for (u32 i = threadIdx.x * 8; i < channels; i += blockDim.x * 8) {
@@ -97,5 +98,26 @@ __global__ void embedding_backward_positions(float *dwpe, const T *dout, u32 bat
   float sum = 0.0f;
 #pragma unroll 8
   for (u32 b = 0; b < batch; b++) sum += to_f32(dout[b * stride + i]);
+  dwpe[i] += sum;
+}
+
+// The same where positions are counted within documents, of which `ends` (batch, length) says at
+// each position where its document ends: to a position goes the sum over all that have it, in their
+// order. Launch as above.
+template <class T>
+__global__ void embedding_backward_documents(float *dwpe, const T *dout, const u32 *ends, u32 batch,
+                                             u32 length, u32 channels) {
+  begin();
+  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= (size_t)length * channels) return;
+  u32 position = i / channels, channel = i % channels;
+  float sum = 0.0f;
+  for (u32 b = 0; b < batch; b++) {
+    const T *of_sequence = dout + (size_t)b * length * channels + channel;
+    for (u32 start = 0, end; start < length; start = end) {
+      end = ends[b * length + start];
+      if (start + position < end) sum += to_f32(of_sequence[(size_t)(start + position) * channels]);
+    }
+  }
   dwpe[i] += sum;
 }

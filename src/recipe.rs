@@ -401,6 +401,7 @@ impl Recipe {
         Ok(StepPlan {
             accumulate: false,
             weighted: false,
+            documents: false,
             precision: self.precision(),
             layers: collect("the formats of the blocks", formats)?,
             kept: None,

@@ -37,6 +37,12 @@ pub struct TrainerOptions {
     pub token_drop: Option<TokenDrop>,
     /// The tensors that stay as they are; none by default.
     pub frozen: Frozen,
+    /// The token that ends a document, such as the end-of-text token. Attention then looks at no other
+    /// document than a token's own, and positions are counted from where it begins, so that documents
+    /// that are packed into one sequence are as if each were alone. The token itself belongs to the
+    /// document that it ends. Of all windows and batches, but those that come with documents; losses
+    /// are of all targets as ever, for weights say what counts. None takes a sequence as one document.
+    pub document_end: Option<u32>,
 }
 
 /// What is due after which steps of a run, counted from step 0; 0 is never. A loop over steps, ours
@@ -156,6 +162,7 @@ impl TrainerOptions {
             options.recipe.check_codes(config.layers, why)?;
         }
         options.check_frozen(config)?;
+        options.check_documents(config)?;
         if options.recipe.excepts_steps() && options.schedule.total_steps == 0 {
             let message = "bf16-last-steps is a part of a schedule's steps, whose number \
                            (total_steps) is not set; set it, or bf16-last-steps=0";
@@ -218,6 +225,39 @@ impl TrainerOptions {
         Err(Error::invalid(what, message))
     }
 
+    /// An error where documents cannot be told apart, or something mixes them.
+    fn check_documents(&self, config: &ModelConfig) -> Result<()> {
+        let Some(end) = self.document_end else { return Ok(()) };
+        if end as usize >= config.vocab_size {
+            let message = format!(
+                "expected a token of the model, below {}, got {end}; set the token that ends documents \
+                 in the data",
+                config.vocab_size
+            );
+            return Err(Error::invalid("document_end", message));
+        }
+        match self.mixes_documents() {
+            None => Ok(()),
+            Some(message) => Err(Error::invalid("document_end", message)),
+        }
+    }
+
+    /// What mixes documents that attention keeps apart, and what to do; None where nothing does.
+    pub(crate) fn mixes_documents(&self) -> Option<String> {
+        if self.token_drop.is_some() {
+            let message = "blocks that drop tokens do not know whose document those are of that they \
+                           keep; take token_drop out, or give no documents and no document_end";
+            return Some(message.to_owned());
+        }
+        self.recipe.haste().map(|_| {
+            format!(
+                "the recipe {} merges channels by all tokens of a sequence, whatever documents they \
+                 are of; take haste out, or give no documents and no document_end",
+                self.recipe
+            )
+        })
+    }
+
     /// An error where something needs gradients in f32 that are kept in bf16.
     fn check_gradients(&self) -> Result<()> {
         let Self { recipe, accumulation, .. } = self;
@@ -261,6 +301,7 @@ impl Default for TrainerOptions {
             schedule: Schedule::default(),
             token_drop: None,
             frozen: Frozen::default(),
+            document_end: None,
         }
     }
 }

@@ -60,6 +60,11 @@ fn adapters_and_frozen_tensors() {
 }
 
 #[test]
+fn documents_that_share_a_sequence() {
+    run("documents.c", Link::Shared);
+}
+
+#[test]
 fn data_of_the_host() {
     run("windows.c", Link::Shared);
 }

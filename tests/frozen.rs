@@ -173,12 +173,18 @@ fn a_run_goes_on_as_if_it_had_not_stopped() {
             };
             let folder = tempfile::tempdir().unwrap();
             let (mut whole, mut first) = (made(), made());
-            (0..4).for_each(|_| drop(whole.step(&data()).unwrap()));
-            (0..2).for_each(|_| drop(first.step(&data()).unwrap()));
+            for _ in 0..4 {
+                whole.step(&data()).unwrap();
+            }
+            for _ in 0..2 {
+                first.step(&data()).unwrap();
+            }
             first.save(folder.path()).unwrap();
             let mut second = Trainer::load(&engine, folder.path()).unwrap();
             assert_eq!(second.options().frozen.to_string(), "*.c_fc.*,transformer.wpe.weight");
-            (0..2).for_each(|_| drop(second.step(&data()).unwrap()));
+            for _ in 0..2 {
+                second.step(&data()).unwrap();
+            }
             assert!(tensors(whole.model()) == tensors(second.model()), "{recipe} {optimizer}");
         }
     }
@@ -237,9 +243,15 @@ fn another_trainer_of_all_tensors_sees_large_weights() {
     some.step(&data()).unwrap();
     let all = TrainerOptions { frozen: Frozen::default(), ..some.options().clone() };
     let mut all = Trainer::new(&model, all).unwrap();
-    (0..3).for_each(|_| drop(all.step(&data()).unwrap()));
-    (0..3).for_each(|_| drop(some.step(&data()).unwrap()));
-    (0..3).for_each(|_| drop(all.step(&data()).unwrap()));
+    for _ in 0..3 {
+        all.step(&data()).unwrap();
+    }
+    for _ in 0..3 {
+        some.step(&data()).unwrap();
+    }
+    for _ in 0..3 {
+        all.step(&data()).unwrap();
+    }
 }
 
 #[test]

@@ -550,7 +550,8 @@ fn what_is_ignored_may_be_anything() {
             };
             let weights = Some(weights);
             let loss: Option<&mut HostLoss<'_>> = Some(&mut loss);
-            let batch = Batch { tokens: &tokens, targets: &targets, weights, loss, divisor: None };
+            let batch =
+                Batch { tokens: &tokens, targets: &targets, weights, loss, ..Batch::default() };
             trainer.forward_backward(batch, None).unwrap();
             trainer.update().unwrap()
         };

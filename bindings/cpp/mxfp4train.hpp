@@ -138,6 +138,11 @@ struct LogitRows {
 using WindowFunction =
     std::function<void(std::uint64_t number, view<std::uint32_t> tokens, view<float> weights)>;
 
+// The same, and the number of the document that each input is of, which is 0 before.
+using PackedWindowFunction =
+    std::function<void(std::uint64_t number, view<std::uint32_t> tokens, view<float> weights,
+                       view<std::uint32_t> documents)>;
+
 #ifdef MXT_NO_EXCEPTIONS
 
 // A value, or why there is none. To take the value of a failure ends the program: ask first.
@@ -215,6 +220,11 @@ T sized() noexcept {
   value.struct_size = sizeof(T);
   return value;
 }
+
+// The same, and the number of the document that each input is of, which is 0 before.
+using PackedWindowFunction =
+    std::function<void(std::uint64_t number, view<std::uint32_t> tokens, view<float> weights,
+                       view<std::uint32_t> documents)>;
 
 #ifdef MXT_NO_EXCEPTIONS
 
@@ -357,6 +367,20 @@ inline std::int32_t on_window(void *user_data, std::uint64_t number, std::uint32
 }
 
 inline void on_window_free(void *user_data) { delete static_cast<WindowFunction *>(user_data); }
+
+inline std::int32_t on_packed_window(void *user_data, std::uint64_t number, std::uint32_t *tokens,
+                                     float *weights, std::uint32_t *documents, std::size_t length) {
+  const Flow flow = guarded([&]() -> Flow {
+    const auto &fill = *static_cast<PackedWindowFunction *>(user_data);
+    fill(number, {tokens, length + 1}, {weights, length}, {documents, length});
+    return Flow::go_on;
+  });
+  return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+}
+
+inline void on_packed_window_free(void *user_data) {
+  delete static_cast<PackedWindowFunction *>(user_data);
+}
 
 inline void on_owner_free(void *user_data) {
   delete static_cast<std::shared_ptr<const void> *>(user_data);
@@ -783,6 +807,17 @@ class Dataset {
     return detail::finish(status, Dataset(dataset));
   }
 
+  // The same of windows that are packed with documents, which are kept apart: where the number
+  // changes along a window another document begins.
+  static outcome<Dataset> from_packed_windows(std::uint64_t count, PackedWindowFunction fill) {
+    auto owned = std::make_unique<PackedWindowFunction>(std::move(fill));
+    mxt_dataset *dataset = nullptr;
+    const mxt_status status = mxt_dataset_from_packed_windows(
+        count, detail::on_packed_window, owned.get(), detail::on_packed_window_free, &dataset);
+    if (status == MXT_OK) (void)owned.release();  // the library's now
+    return detail::finish(status, Dataset(dataset));
+  }
+
   std::uint64_t token_count() const noexcept { return mxt_dataset_token_count(get()); }
 
   // The largest token; reads all files.
@@ -916,18 +951,20 @@ class Trainer {
   }
 
   // The same of batch_size * sequence_length tokens and targets, each maybe MXT_IGNORED, and
-  // weights, or none.
+  // weights, or none, and the numbers of the documents that tokens are of, or none.
   outcome<void> forward_backward(view<const std::uint32_t> tokens,
-                                 view<const std::uint32_t> targets,
-                                 view<const float> weights = {}) {
+                                 view<const std::uint32_t> targets, view<const float> weights = {},
+                                 view<const std::uint32_t> documents = {}) {
     Batch batch;
     batch.tokens = tokens.data();
     batch.targets = targets.data();
     batch.weights = weights.empty() ? nullptr : weights.data();
+    batch.documents = documents.empty() ? nullptr : documents.data();
     // Where one of them has another length, that is the one to complain about.
     batch.count = tokens.size();
     if (targets.size() != tokens.size()) batch.count = targets.size();
     if (!weights.empty() && weights.size() != tokens.size()) batch.count = weights.size();
+    if (!documents.empty() && documents.size() != tokens.size()) batch.count = documents.size();
     return forward_backward(batch);
   }
 

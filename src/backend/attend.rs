@@ -1,6 +1,16 @@
-//! Causal self-attention.
+//! Causal self-attention, of whole sequences or within the documents that are packed into them.
 
 use super::{Memory, Precision, Sequences};
+
+/// Where documents that are packed into sequences begin and end: words of 32 bits, (2, B, T). First
+/// of each position the position of its sequence at which its document begins, then of each the one
+/// behind its document's last. A position looks at its own document alone.
+pub type Documents<'a, B> = &'a <B as Memory>::Bytes;
+
+/// Bytes of [`Documents`] of so many rows.
+pub fn document_bytes(rows: usize) -> usize {
+    2 * rows * size_of::<u32>()
+}
 
 /// Sizes of an attention operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,19 +67,22 @@ pub struct AttentionBackward<'a, B: Memory> {
     pub lse: &'a B::F32,
     /// (B, T, qkv channels)
     pub qkv: &'a B::Tensor,
+    /// Of the forward pass.
+    pub documents: Option<Documents<'a, B>>,
 }
 
 /// Attention.
 pub trait Attend: Memory {
     /// out (B, T, C) = softmax(factor q k^T / sqrt(head size), causal) v from qkv (B, T, qkv
     /// channels), whose rows are as [`AttentionShape`] says. `lse` (B, H, T) keeps the logarithm of
-    /// each row's sum.
+    /// each row's sum. Of `documents` each is as if it were alone.
     fn attention_forward(
         &self,
         workspace: &mut Self::Workspace,
         out: &mut Self::Tensor,
         lse: &mut Self::F32,
         qkv: &Self::Tensor,
+        documents: Option<Documents<'_, Self>>,
         shape: AttentionShape,
     );
     /// dqkv from dout: dk and dv of a kv head are sums over the query heads that share it.

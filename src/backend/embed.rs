@@ -1,6 +1,6 @@
 //! Embeddings of tokens and positions.
 
-use super::{Memory, Sequences};
+use super::{Documents, Memory, Sequences};
 
 /// Sizes of an embedding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,11 +23,13 @@ pub struct EmbeddingGradients<'a, B: Memory> {
 
 /// The embedding.
 pub trait Embed: Memory {
-    /// out (B T, C): row `token` of wte (V, C) plus row `position` of wpe (context, C).
+    /// out (B T, C): row `token` of wte (V, C) plus row `position` of wpe (context, C), which is
+    /// counted from where a document begins.
     fn embedding_forward(
         &self,
         out: &mut Self::Tensor,
         tokens: &Self::Tokens,
+        documents: Option<Documents<'_, Self>>,
         wte: Self::Param<'_>,
         wpe: Self::Param<'_>,
         shape: EmbeddingShape,
@@ -39,6 +41,7 @@ pub trait Embed: Memory {
         gradients: EmbeddingGradients<'_, Self>,
         dout: &Self::Tensor,
         tokens: &Self::Tokens,
+        documents: Option<Documents<'_, Self>>,
         shape: EmbeddingShape,
     );
 }

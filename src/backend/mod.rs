@@ -38,7 +38,7 @@ mod select;
 mod stream;
 
 pub use crate::optim::{Largest, OptimizerStep, StepSums, UpdateSums};
-pub use attend::{Attend, AttentionBackward, AttentionShape};
+pub use attend::{Attend, AttentionBackward, AttentionShape, Documents, document_bytes};
 pub use decode::{Decode, DecoderWeights, OfSequence};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use exchange::{Bucket, Exchange, Reached};
@@ -167,6 +167,8 @@ pub struct StepPlan {
     pub accumulate: bool,
     /// Whether losses have weights.
     pub weighted: bool,
+    /// Whether documents are kept apart.
+    pub documents: bool,
     /// Of activations and their gradients, and of the products of attention and the head.
     pub precision: Precision,
     /// Formats of the linear layers of each block.

@@ -51,7 +51,7 @@ pub(crate) fn linear_backward(
 }
 
 pub(crate) fn embedding_forward(
-    tokens: &[u32],
+    (tokens, starts): (&[u32], Option<&[u32]>),
     wte: &[f64],
     wpe: &[f64],
     sequences: Sequences,
@@ -59,7 +59,7 @@ pub(crate) fn embedding_forward(
 ) -> Vec<f64> {
     let mut out = Vec::new();
     for (row, token) in tokens[..sequences.rows()].iter().enumerate() {
-        let position = row % sequences.length;
+        let position = row % sequences.length - starts.map_or(0, |starts| starts[row] as usize);
         out.extend((0..c).map(|i| wte[*token as usize * c + i] + wpe[position * c + i]));
     }
     out
@@ -164,9 +164,18 @@ fn normal_below(x: f64) -> f64 {
 
 /// out (B, T, C) and lse (B, H, T) from qkv (B, T, qkv channels).
 pub(crate) fn attention_forward(qkv: &[f64], shape: AttentionShape) -> (Vec<f64>, Vec<f64>) {
+    attention_forward_of(qkv, None, shape)
+}
+
+/// The same where of each row (B T) it is known at which position its document begins.
+pub(crate) fn attention_forward_of(
+    qkv: &[f64],
+    starts: Option<&[u32]>,
+    shape: AttentionShape,
+) -> (Vec<f64>, Vec<f64>) {
     let mut out = vec![0.0; shape.sequences.rows() * shape.channels()];
     let mut lse = vec![0.0; shape.sequences.rows() * shape.heads];
-    each_query(qkv, shape, |query, keys, p, log_sum| {
+    each_query(qkv, starts, shape, |query, keys, p, log_sum| {
         lse[query.lse] = log_sum;
         for ([_, v], p) in keys.iter().zip(p) {
             for i in 0..shape.head_size {
@@ -179,10 +188,20 @@ pub(crate) fn attention_forward(qkv: &[f64], shape: AttentionShape) -> (Vec<f64>
 
 /// dqkv (B, T, qkv channels).
 pub(crate) fn attention_backward(dout: &[f64], qkv: &[f64], shape: AttentionShape) -> Vec<f64> {
+    attention_backward_of(dout, qkv, None, shape)
+}
+
+/// The same where of each row (B T) it is known at which position its document begins.
+pub(crate) fn attention_backward_of(
+    dout: &[f64],
+    qkv: &[f64],
+    starts: Option<&[u32]>,
+    shape: AttentionShape,
+) -> Vec<f64> {
     let d = shape.head_size;
     let mut dqkv = vec![0.0; qkv.len()];
     let scale = f64::from(shape.score_factor) / (d as f64).sqrt();
-    each_query(qkv, shape, |query, keys, p, _| {
+    each_query(qkv, starts, shape, |query, keys, p, _| {
         let dp: Vec<f64> =
             keys.iter().map(|[_, v]| dot(&dout[query.out..][..d], &qkv[*v..][..d])).collect();
         let mean: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
@@ -208,6 +227,7 @@ struct Query {
 /// Calls `f(query, where k and v of the visible rows start, probabilities, log sum exp)`.
 fn each_query(
     qkv: &[f64],
+    starts: Option<&[u32]>,
     shape: AttentionShape,
     mut f: impl FnMut(Query, &[[usize; 2]], &[f64], f64),
 ) {
@@ -215,9 +235,10 @@ fn each_query(
     for b in 0..shape.sequences.batch {
         for h in 0..shape.heads {
             for i in 0..t {
+                let first = starts.map_or(0, |starts| starts[b * t + i] as usize);
                 let [q, k, v] = shape.starts(h);
                 let row = |row: usize| (b * t + row) * shape.qkv_channels();
-                let keys: Vec<[usize; 2]> = (0..=i).map(|j| [row(j) + k, row(j) + v]).collect();
+                let keys: Vec<[usize; 2]> = (first..=i).map(|j| [row(j) + k, row(j) + v]).collect();
                 let score = |[k, _]: &[usize; 2]| {
                     let dot = dot(&qkv[row(i) + q..][..d], &qkv[*k..][..d]);
                     dot * f64::from(shape.score_factor) / (d as f64).sqrt()

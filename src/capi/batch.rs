@@ -83,8 +83,16 @@ pub struct mxt_batch {
     pub loss: mxt_loss_fn,
     /// Passed to `loss`.
     pub user_data: *mut c_void,
+    /// The number of the document that each token is of. Where it changes along a sequence another
+    /// document begins: attention looks at no document but a token's own, and positions are counted
+    /// from where it begins, so that each has the logits that it has alone. What is predicted across
+    /// an end counts unless its target is ignored or its weight is 0. Not with a token_drop or a
+    /// recipe with "haste". The first batch with more than one document in a sequence allocates 8
+    /// bytes a token. NULL (default) takes document_end of the trainer's options or, without it,
+    /// each sequence as one document.
+    pub documents: *const u32,
 }
-versioned!(mxt_batch, last = user_data: *mut c_void);
+versioned!(mxt_batch, last = user_data: *mut c_void, then documents: *const u32);
 
 impl Options for mxt_batch {
     fn defaults() -> Self {
@@ -98,6 +106,7 @@ impl Options for mxt_batch {
             losses: std::ptr::null_mut(),
             loss: None,
             user_data: std::ptr::null_mut(),
+            documents: std::ptr::null(),
         }
     }
 }
@@ -122,7 +131,8 @@ pub unsafe extern "C" fn mxt_batch_init(batch: *mut mxt_batch, struct_size: usiz
 /// wait for an update; evaluating and saving go on, and a checkpoint does not have them.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; more
-/// batches than a step has; gradients that were written or scaled; an optimizer with "ramping"),
+/// batches than a step has; gradients that were written or scaled; an optimizer with "ramping";
+/// documents with a token_drop or "haste"),
 /// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still
 /// wait then. MXT_STOPPED (`loss` returned another number than 0): none of them does any more, and
 /// the step begins anew.
@@ -206,7 +216,8 @@ unsafe fn with_losses<R>(
     work: Work<R>,
 ) -> Result<R, Failure> {
     let engine = trainer.engine();
-    let mxt_batch { count, tokens, targets, weights, divisor, loss, user_data, .. } = *batch;
+    let mxt_batch { count, tokens, targets, weights, divisor, loss, user_data, documents, .. } =
+        *batch;
     // What the host wants instead of going on.
     let code = Cell::new(0);
     let mut call = |rows: LogitRows<'_>| {
@@ -229,20 +240,24 @@ unsafe fn with_losses<R>(
     let done = unsafe {
         buffers::read_in_parts(engine, "tokens", tokens, count, |tokens| {
             optional(engine, "targets", targets, count, |targets| {
-                optional(engine, "weights", weights, count, |weights| {
-                    trainer.exclusive(|trainer| {
-                        trainer.check_len("count", count, trainer.rows())?;
-                        let tokens = |to: &mut [u32]| tokens(0, to);
-                        let targets = targets.map(|copy| move |to: &mut [u32]| copy(0, to));
-                        let weights = weights.map(|copy| move |to: &mut [f32]| copy(0, to));
-                        let given = Given {
-                            tokens: &tokens,
-                            targets: targets.as_ref().map(|copy| copy as _),
-                            weights: weights.as_ref().map(|copy| copy as _),
-                            divisor: Some(divisor).filter(|divisor| *divisor != 0.0),
-                        };
-                        let loss = of_host.as_mut().map(|call| &mut **call as _);
-                        Ok(work(trainer, &given, loss, losses)?)
+                optional(engine, "documents", documents, count, |documents| {
+                    optional(engine, "weights", weights, count, |weights| {
+                        trainer.exclusive(|trainer| {
+                            trainer.check_len("count", count, trainer.rows())?;
+                            let tokens = |to: &mut [u32]| tokens(0, to);
+                            let targets = targets.map(|copy| move |to: &mut [u32]| copy(0, to));
+                            let documents = documents.map(|copy| move |to: &mut [u32]| copy(0, to));
+                            let weights = weights.map(|copy| move |to: &mut [f32]| copy(0, to));
+                            let given = Given {
+                                tokens: &tokens,
+                                targets: targets.as_ref().map(|copy| copy as _),
+                                documents: documents.as_ref().map(|copy| copy as _),
+                                weights: weights.as_ref().map(|copy| copy as _),
+                                divisor: Some(divisor).filter(|divisor| *divisor != 0.0),
+                            };
+                            let loss = of_host.as_mut().map(|call| &mut **call as _);
+                            Ok(work(trainer, &given, loss, losses)?)
+                        })
                     })
                 })
             })

@@ -451,15 +451,68 @@ pub unsafe extern "C" fn mxt_dataset_from_windows(
             let (to, of, length) = (tokens.as_mut_ptr(), weights.as_mut_ptr(), weights.len());
             let user_data = of_dataset.pointer;
             // The header asks for a function that fills as many.
-            match float_mode::in_hosts(|| fill(user_data, number, to, of, length)) {
-                0 => Ok(()),
-                code => {
-                    let (path, action) = (PathBuf::from(format!("window {number}")), "fill");
-                    let source = io::Error::other(format!("the callback returned {code}"));
-                    Err(Error::Io { action, path, source })
-                }
-            }
+            let code = float_mode::in_hosts(|| fill(user_data, number, to, of, length));
+            filled(number, code)
         })?;
+        host.keep();
+        out.put(mxt_dataset::new(data));
+        Ok(())
+    })
+}
+
+/// What a callback's answer says of a window.
+fn filled(number: u64, code: i32) -> crate::Result<()> {
+    if code == 0 {
+        return Ok(());
+    }
+    let (path, action) = (PathBuf::from(format!("window {number}")), "fill");
+    let source = io::Error::other(format!("the callback returned {code}"));
+    Err(Error::Io { action, path, source })
+}
+
+/// Fills window `number` of a dataset, as mxt_window_fn, and `documents` besides: for each of the
+/// sequence_length inputs the number of the document that it is of, which is 0 before.
+pub type mxt_packed_window_fn = Option<
+    unsafe extern "C-unwind" fn(
+        user_data: *mut c_void,
+        number: u64,
+        tokens: *mut u32,
+        weights: *mut f32,
+        documents: *mut u32,
+        sequence_length: usize,
+    ) -> i32,
+>;
+
+/// mxt_dataset_from_windows of windows that are packed with documents, which are kept apart as those
+/// of mxt_batch are: where the number changes along a window another document begins. A window whose
+/// numbers are all the same is cut at document_end of the trainer's options, where there is one. The
+/// last input of a document has the first of the next as its target: its weight is to be 0 where that
+/// is not to be learned.
+///
+/// Errors: as mxt_dataset_from_windows.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_dataset_from_packed_windows(
+    count: u64,
+    fill: mxt_packed_window_fn,
+    user_data: *mut c_void,
+    user_data_free: mxt_user_data_free_fn,
+    dataset: *mut *mut mxt_dataset,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    guard::maker("mxt_dataset_from_packed_windows", || unsafe {
+        let out = arguments::place("dataset", dataset)?;
+        let fill = fill.ok_or_else(|| Failure::null("fill"))?;
+        let host = Arc::new(UserData::new(user_data, user_data_free));
+        let of_dataset = host.clone();
+        let data =
+            Dataset::from_packed_windows(count, move |number, tokens, weights, documents| {
+                let (to, of, length) = (tokens.as_mut_ptr(), weights.as_mut_ptr(), weights.len());
+                let (documents, user_data) = (documents.as_mut_ptr(), of_dataset.pointer);
+                // The header asks for a function that fills as many.
+                let code =
+                    float_mode::in_hosts(|| fill(user_data, number, to, of, documents, length));
+                filled(number, code)
+            })?;
         host.keep();
         out.put(mxt_dataset::new(data));
         Ok(())

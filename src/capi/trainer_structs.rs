@@ -120,6 +120,15 @@ pub struct mxt_trainer_options {
     /// third of its products. A pattern that fits no name is an error. NULL (default) freezes
     /// nothing. Borrowed for the call.
     pub frozen: *const c_char,
+    /// 1 keeps documents apart that end with the token `document_end`. Default 0.
+    pub has_document_end: i32,
+    /// The token that ends a document, as 50256 does in GPT-2's vocabulary, with has_document_end: of
+    /// all windows and batches in which the host does not say which token is of which document,
+    /// attention looks at no document but a token's own, and positions are counted from where it
+    /// begins, so that packed documents are as if each were alone. Losses are of all targets as ever,
+    /// for weights say what counts. Saved with the run. Not with token_drop, nor a recipe with
+    /// "haste". Default 0.
+    pub document_end: u32,
 }
 versioned!(
     mxt_trainer_options,
@@ -128,7 +137,8 @@ versioned!(
     then optimizer: *const c_char,
     then token_drop: *const c_char,
     then lanes: usize,
-    then frozen: *const c_char
+    then frozen: *const c_char,
+    then document_end: u32
 );
 
 impl Options for mxt_trainer_options {
@@ -179,6 +189,8 @@ impl mxt_trainer_options {
             token_drop: pointer(texts.token_drop),
             lanes,
             frozen: pointer(texts.frozen),
+            has_document_end: i32::from(options.document_end.is_some()),
+            document_end: options.document_end.unwrap_or(0),
         }
     }
 
@@ -203,6 +215,25 @@ impl mxt_trainer_options {
             total_steps: self.total_steps,
             decay_steps: self.decay_steps,
         })
+    }
+
+    /// The token that ends documents, where one does.
+    fn document_end(&self) -> Result<Option<u32>, Failure> {
+        match (self.has_document_end, self.document_end) {
+            (1, end) => Ok(Some(end)),
+            (0, 0) => Ok(None),
+            (0, end) => {
+                let message = format!(
+                    "expected has_document_end of 1 beside a document_end, {end}, got 0; set it to \
+                     keep documents apart, or document_end to 0"
+                );
+                Err(Failure::invalid("has_document_end", message))
+            }
+            (other, _) => {
+                let message = format!("expected 0 or 1, got {other}");
+                Err(Failure::invalid("has_document_end", message))
+            }
+        }
     }
 
     /// The crate's form.
@@ -238,6 +269,7 @@ impl mxt_trainer_options {
             schedule: self.schedule()?,
             token_drop,
             frozen,
+            document_end: self.document_end()?,
         })
     }
 }

@@ -141,6 +141,9 @@ struct Document {
     /// Not written where nothing is, as files of earlier versions have it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     frozen: Option<String>,
+    /// Not written where there is none, as files of earlier versions have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    document_end: Option<u32>,
     files: Sisters,
     #[serde(skip_serializing_if = "Option::is_none")]
     crc32: Option<String>,
@@ -185,6 +188,7 @@ impl Document {
             schedule,
             token_drop,
             frozen,
+            document_end,
         } = options;
         // The first seven are what its name has.
         let &Optimizer {
@@ -228,6 +232,7 @@ impl Document {
             },
             token_drop: token_drop.map(|drop| drop.to_string()),
             frozen: (!frozen.is_empty()).then(|| frozen.to_string()),
+            document_end: *document_end,
             files,
             crc32: None,
         }
@@ -256,6 +261,7 @@ impl Document {
             },
             token_drop: self.token_drop.as_deref().map(str::parse).transpose()?,
             frozen: self.frozen.as_deref().map(str::parse).transpose()?.unwrap_or_default(),
+            document_end: self.document_end,
         };
         let Self { seed, step, schedule_start, lr_override, files, .. } = self;
         Ok((TrainerState { options, seed, step, schedule_start, lr_override }, files))

@@ -49,9 +49,9 @@ token_memory! {
     Arc<[u16]>, U16;
 }
 
-/// Writes window number so-and-so: T + 1 tokens, and a weight for each of its T targets, which are 1
-/// before.
-type Fill = dyn Fn(u64, &mut [u32], &mut [f32]) -> Result<()> + Send + Sync;
+/// Writes window number so-and-so: T + 1 tokens, a weight for each of its T targets, which are 1
+/// before, and the number of the document that each of its T inputs is of, which are 0 before.
+pub(super) type Fill = dyn Fn(u64, &mut [u32], &mut [f32], &mut [u32]) -> Result<()> + Send + Sync;
 
 /// All windows of an epoch.
 pub(super) struct HostWindows {
@@ -69,9 +69,12 @@ impl HostWindows {
 
     /// Fills a window, and checks it.
     pub(super) fn read(&self, number: u64, vocab_size: usize, window: Window<'_>) -> Result<()> {
-        let Window { tokens, weights } = window;
+        let Window { tokens, weights, documents } = window;
+        // The host writes as many of each.
+        assert!(weights.len() + 1 == tokens.len() && documents.len() == weights.len());
         weights.fill(1.0);
-        (self.fill)(number, tokens, weights)?;
+        documents.fill(0);
+        (self.fill)(number, tokens, weights, documents)?;
         let source_name = || format!("window {number} of the host's");
         if let Some(at) = tokens.iter().position(|token| *token as usize >= vocab_size) {
             let (source_name, offset, token) = (source_name(), at as u64, tokens[at].into());
@@ -105,9 +108,10 @@ impl fmt::Debug for HostWindows {
     }
 }
 
-/// A window to be filled: T + 1 tokens, and a weight for each of its T targets, where the dataset has
-/// any.
+/// A window to be filled: T + 1 tokens, and where the host fills it a weight for each of its T targets
+/// and the number of the document that each of its T inputs is of.
 pub(crate) struct Window<'a> {
     pub(crate) tokens: &'a mut [u32],
     pub(crate) weights: &'a mut [f32],
+    pub(crate) documents: &'a mut [u32],
 }

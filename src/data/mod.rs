@@ -198,6 +198,24 @@ impl Dataset {
         count: u64,
         fill: impl Fn(u64, &mut [u32], &mut [f32]) -> Result<()> + Send + Sync + 'static,
     ) -> Result<Self> {
+        Self::from_packed_windows(count, move |number, tokens, weights, _| {
+            fill(number, tokens, weights)
+        })
+    }
+
+    /// [`Dataset::from_windows`] of windows that are packed with documents: `fill(number, tokens,
+    /// weights, documents)` writes the number of the document that each of the T inputs is of, too,
+    /// which is 0 before. Where it changes along the window another document begins, as in
+    /// [`crate::Batch::documents`]; a window of one number is cut at
+    /// [`crate::TrainerOptions::document_end`], where there is such a token. The last position of a
+    /// document has the first token of the next as its target, unless its weight is 0.
+    ///
+    /// # Errors
+    /// As [`Dataset::from_windows`].
+    pub fn from_packed_windows(
+        count: u64,
+        fill: impl Fn(u64, &mut [u32], &mut [f32], &mut [u32]) -> Result<()> + Send + Sync + 'static,
+    ) -> Result<Self> {
         let host = HostWindows::new(count, Box::new(fill))?;
         Ok(Self::with(Vec::new(), Some(host)))
     }

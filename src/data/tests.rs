@@ -15,7 +15,7 @@ fn dataset(lengths: &[u64]) -> Dataset {
 
 /// Without weights.
 fn plain(tokens: &mut [u32]) -> Window<'_> {
-    Window { tokens, weights: &mut [] }
+    Window { tokens, weights: &mut [], documents: &mut [] }
 }
 
 fn window(data: &Dataset, seed: u64, number: u64, t: usize) -> Vec<u32> {

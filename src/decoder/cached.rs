@@ -212,6 +212,7 @@ impl<B: Backend + Decode> Cached<B> {
                     merge: None,
                     workspace,
                     sequences: Sequences { batch: 1, length: rows.len() },
+                    documents: None,
                     plan,
                 };
                 let of_tokens = (&*tokens, &[start][..]);
@@ -288,6 +289,7 @@ impl<B: Backend + Decode> Cached<B> {
             merge: None,
             workspace,
             sequences: Sequences { batch: 1, length: texts.len() },
+            documents: None,
             plan,
         };
         backend.scope(move || {

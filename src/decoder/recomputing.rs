@@ -84,6 +84,7 @@ pub(super) fn next_logits<B: Backend + Decode>(
             merge,
             workspace,
             sequences,
+            documents: None,
             plan: &plan,
         };
         pass.forward(activations, tokens);
@@ -155,6 +156,7 @@ pub(super) fn score<B: Backend + Decode>(
                 merge: None,
                 workspace,
                 sequences,
+                documents: None,
                 plan: &plan,
             };
             pass.forward(activations, tokens);

@@ -55,25 +55,33 @@ impl Decoder {
         let mut window = zeros(what, sequence_length + 1)?;
         let mut logits = zeros(what, ROWS.min(sequence_length) * vocab_size)?;
         let mut weights: Vec<f32> = zeros(what, sequence_length)?;
+        let mut documents: Vec<u32> = zeros(what, sequence_length)?;
         let (mut sum, mut divisor, mut tokens) = (0.0, 0.0, 0);
         for index in 0..count {
             let length = windows.length(index, count)?;
             let (window, weights) = (&mut window[..=length], &mut weights[..length]);
+            let documents = &mut documents[..length];
             weights.fill(1.0);
-            windows.read(index, count, vocab_size, Window { tokens: window, weights })?;
-            self.rewind(0, 0)?;
-            let (inputs, targets) = (&window[..length], &window[1..]);
-            let targets = targets.chunks(ROWS).zip(weights.chunks(ROWS));
-            for (inputs, (targets, weights)) in inputs.chunks(ROWS).zip(targets) {
-                let (first, logits) =
-                    (self.tokens(0).len(), &mut logits[..inputs.len() * vocab_size]);
-                self.push(0, inputs)?;
-                self.compute((0, By::Own), first, logits)?;
-                let rows = logits.chunks_exact(vocab_size).zip(targets).zip(weights);
-                let losses = rows.map(|((logits, target), weight)| {
-                    f64::from(*weight) * loss_of(logits, *target)
-                });
-                sum += losses.sum::<f64>();
+            let to = Window { tokens: &mut *window, weights: &mut *weights, documents };
+            windows.read(index, count, vocab_size, to)?;
+            let mut start = 0;
+            for document in documents.chunk_by(|a, b| a == b) {
+                let of = start..start + document.len();
+                start = of.end;
+                self.rewind(0, 0)?;
+                let (inputs, targets) = (&window[of.clone()], &window[1..][of.clone()]);
+                let targets = targets.chunks(ROWS).zip(weights[of].chunks(ROWS));
+                for (inputs, (targets, weights)) in inputs.chunks(ROWS).zip(targets) {
+                    let (first, logits) =
+                        (self.tokens(0).len(), &mut logits[..inputs.len() * vocab_size]);
+                    self.push(0, inputs)?;
+                    self.compute((0, By::Own), first, logits)?;
+                    let rows = logits.chunks_exact(vocab_size).zip(targets).zip(weights);
+                    let losses = rows.map(|((logits, target), weight)| {
+                        f64::from(*weight) * loss_of(logits, *target)
+                    });
+                    sum += losses.sum::<f64>();
+                }
             }
             divisor += weights.iter().map(|weight| f64::from(*weight)).sum::<f64>();
             tokens += weights.iter().filter(|weight| **weight != 0.0).count() as u64;

@@ -13,8 +13,8 @@ use super::params::{Adapter, Linear, Matrix, Norm, ParamTable};
 use super::{ModelConfig, Shapes};
 use crate::Result;
 use crate::backend::{
-    AttentionBackward, Backend, Classifier, ClassifierGradient, EmbeddingGradients, Epilogue,
-    FlatGradients, HostClassifier, HostLoss, LinearBackward, LinearForward, LoraBackward,
+    AttentionBackward, Backend, Classifier, ClassifierGradient, Documents, EmbeddingGradients,
+    Epilogue, FlatGradients, HostClassifier, HostLoss, LinearBackward, LinearForward, LoraBackward,
     LoraForward, LoraShape, MergeShape, Merged, NormBackward, NormParams, NormShape,
     NormStatistics, OutputGradient, Part, ResidualSum, SelectShape, Selected, SelectedSum,
     Sequences, Slot, StepPlan,
@@ -35,6 +35,8 @@ pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) merge: Option<Merging<'a, B>>,
     pub(crate) workspace: &'a mut B::Workspace,
     pub(crate) sequences: Sequences,
+    /// That are kept apart; where there are any, the plan says so.
+    pub(crate) documents: Option<Documents<'a, B>>,
     /// All that the pass depends on besides random numbers.
     pub(crate) plan: &'a StepPlan,
 }
@@ -116,7 +118,8 @@ impl<'a, B: Backend> Pass<'a, B> {
         let (backend, table) = (self.backend, self.table);
         let (wte, wpe) = (self.param(table.wte), self.param(table.wpe));
         let shape = self.shapes().embedding();
-        backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, shape);
+        let documents = self.documents;
+        backend.embedding_forward(&mut acts.residual[0], tokens, documents, wte, wpe, shape);
         self.ln_1(acts, 0);
         for (l, block) in table.blocks.iter().enumerate() {
             if self.drops(l) {
@@ -192,7 +195,8 @@ impl<'a, B: Backend> Pass<'a, B> {
         let at = (block.qkv, l, &mut acts.beside);
         self.linear(&mut acts.qkv[l], &acts.ln_1[l], at, Epilogue::None);
         let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
-        self.backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
+        let (qkv, documents) = (&acts.qkv[l], self.documents);
+        self.backend.attention_forward(self.workspace, out, lse, qkv, documents, shape);
         self.merge(&mut acts.attention[l], block.projection, l);
         let at = (block.projection, l, &mut acts.beside);
         self.linear(&mut acts.branch, &acts.attention[l], at, Epilogue::None);
@@ -381,6 +385,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             out: &acts.attention[l],
             lse: &acts.lse[l],
             qkv: &acts.qkv[l],
+            documents: self.documents,
         };
         self.backend.attention_backward(self.workspace, operands, shapes.attention(l));
         let dy = OutputGradient::Whole(wide);
@@ -407,7 +412,8 @@ impl<'a, B: Backend> Pass<'a, B> {
         }
         let [dwte, dwpe] = grads.of(backend, [table.wte, table.wpe]);
         let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
-        backend.embedding_backward(gradients, &d.residual, tokens, self.shapes().embedding());
+        let (shape, documents) = (self.shapes().embedding(), self.documents);
+        backend.embedding_backward(gradients, &d.residual, tokens, documents, shape);
     }
 
     /// Logits (V) of row `row` after [`Pass::forward`].

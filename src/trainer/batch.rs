@@ -1,9 +1,11 @@
 //! One micro-step's tokens, on the host and on the device.
 
+use super::documents::{Numbers, Packed};
 use super::parts::{Given, IGNORED};
 use crate::backend::{Backend, Sequences};
 use crate::data::Window;
 use crate::reserve::zeros;
+use crate::run::TrainerOptions;
 use crate::{Error, Result};
 
 /// One micro-step's tokens, on the host and on the device.
@@ -12,6 +14,8 @@ pub(super) struct BatchBuffers<B: Backend> {
     pub(super) targets: B::Tokens,
     /// (rows): of losses, where they have any.
     pub(super) weights: B::F32,
+    /// The documents that sequences are packed with.
+    pub(super) packed: Packed<B>,
     /// (B, T + 1), read once: inputs are the first T of each row, targets the last T. Of a batch that
     /// the host gives the inputs alone, (B, T).
     pub(super) windows: Vec<u32>,
@@ -36,16 +40,18 @@ impl<B: Backend> BatchBuffers<B> {
     pub(super) fn new(
         backend: &B,
         arena: &mut B::Arena,
-        sequences: Sequences,
+        options: &TrainerOptions,
         allocate: bool,
     ) -> Result<Self> {
         const WHAT: &str = "the tokens of a batch";
+        let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
         let rows = sequences.rows();
         let here = |len| if allocate { len } else { 0 };
         Ok(Self {
             tokens: backend.tokens(arena, rows, true)?,
             targets: backend.tokens(arena, rows, false)?,
             weights: backend.f32(arena, rows),
+            packed: Packed::new(backend, arena, options, allocate)?,
             windows: zeros(WHAT, here(rows + sequences.batch))?,
             given: zeros(WHAT, here(rows))?,
             given_weights: zeros(WHAT, here(rows))?,
@@ -66,17 +72,23 @@ impl<B: Backend> BatchBuffers<B> {
         (self.sequences, self.filled, self.weighted) = (sequences, Filled::Windows, weighted);
         let (t, rows) = (sequences.length, sequences.rows());
         let windows = self.windows.chunks_exact_mut(t + 1).take(sequences.batch).enumerate();
-        if !weighted {
-            for (row, tokens) in windows {
-                window(row, Window { tokens, weights: &mut [] })?;
+        if weighted {
+            let documents = self.packed.given.chunks_exact_mut(t);
+            let weights = self.given_weights.chunks_exact_mut(t);
+            for (((row, tokens), weights), documents) in windows.zip(weights).zip(documents) {
+                window(row, Window { tokens, weights, documents })?;
             }
-            return Ok(Weighed { sum: rows as f64, targets: rows as u64 });
+        } else {
+            for (row, tokens) in windows {
+                window(row, Window { tokens, weights: &mut [], documents: &mut [] })?;
+            }
         }
-        let weights = self.given_weights.chunks_exact_mut(t);
-        for ((row, tokens), weights) in windows.zip(weights) {
-            window(row, Window { tokens, weights })?;
-        }
-        Ok(Weighed::of(&self.given_weights[..rows]))
+        let numbers = if weighted { Numbers::OfWindows } else { Numbers::None };
+        self.packed.find(sequences, (&self.windows, t + 1), numbers)?;
+        Ok(match weighted {
+            true => Weighed::of(&self.given_weights[..rows]),
+            false => Weighed { sum: rows as f64, targets: rows as u64 },
+        })
     }
 
     /// Takes what the host gives, and tells of its weights.
@@ -100,6 +112,12 @@ impl<B: Backend> BatchBuffers<B> {
         if let Some(at) = targets.iter().position(|t| *t != IGNORED && *t as usize >= vocab_size) {
             return Err(out_of_range("targets", at, targets[at], vocab_size));
         }
+        if let Some(read) = given.documents {
+            read(&mut self.packed.given[..rows]);
+        }
+        let tokens = (&self.windows[..rows], sequences.length);
+        let numbers = given.documents.map_or(Numbers::None, |_| Numbers::OfBatch);
+        self.packed.find(sequences, tokens, numbers)?;
         let weights = &mut self.given_weights[..rows];
         let mut weighted = given.weights.is_some();
         match given.weights {
@@ -151,6 +169,7 @@ impl<B: Backend> BatchBuffers<B> {
                 });
             }
         }
+        self.packed.upload(backend, rows)?;
         match self.weighted {
             true => backend.write_f32(&mut self.weights, 0, &self.given_weights[..rows]),
             false => Ok(()),

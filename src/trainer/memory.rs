@@ -205,7 +205,7 @@ impl<B: Backend> Buffers<B> {
         let shapes = Shapes { config, sequences, precision };
         let activations = Activations::new(backend, arena, shapes, Some(kept))?;
         let d = ActivationGradients::new(backend, arena, shapes, drops);
-        let batch = BatchBuffers::new(backend, arena, sequences, bytes.is_some())?;
+        let batch = BatchBuffers::new(backend, arena, options, bytes.is_some())?;
         let merges = Merges::new(backend, arena, config, options, bytes.is_some())?;
         plan.activations = cut.since_last();
         // What multiplies fewer rows may be something else, with other needs.

@@ -4,6 +4,7 @@
 
 mod batch;
 mod carriers;
+mod documents;
 mod exchange;
 mod follow;
 mod memory;
@@ -302,6 +303,7 @@ impl Trainer {
             schedule,
             token_drop,
             frozen,
+            document_end,
         } = options;
         let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = optimizer;
         let usual = format!("{beta1} {beta2} {epsilon} {weight_decay} {clip}");
@@ -318,6 +320,7 @@ impl Trainer {
             ("schedule", format!("{schedule:?}")),
             ("token_drop", format!("{token_drop:?}")),
             ("frozen", frozen.to_string()),
+            ("document_end", format!("{document_end:?}")),
             ("the run's seed", seed.to_string()),
             ("the steps done", step.to_string()),
             ("the step that the schedule counts from", schedule_start.to_string()),
@@ -630,6 +633,7 @@ impl Trainer {
         let TrainerOptions { batch_size, ref recipe, .. } = *options;
         // Short windows have lengths of their own, so each is a batch.
         let at_once = if windows.are_short { 1 } else { batch_size };
+        let most = batch_size * options.sequence_length;
         let is_dealt = !self.tells_more_than_losses();
         let Self { run, model, stop, .. } = self;
         let vocab_size = model.config().vocab_size;
@@ -670,7 +674,7 @@ impl Trainer {
                 let mut fill = |row, window: Window<'_>| {
                     windows.read(first + row as u64, count, vocab_size, window)
                 };
-                let of = (sequences, seed, weighted);
+                let of = (sequences, most, seed, weighted);
                 let found = run.sum_of_losses(&weights.all, model, of, &mut fill)?;
                 match is_dealt {
                     false => sum = added(sum, found),
@@ -1172,6 +1176,8 @@ impl<B: Backend> Run<B> {
         let Flat { gradients, reduction, followed, exchange, .. } = flat;
         recipe.set_step(step_plan, accumulates, (state.schedule_step(), total_steps), state.step);
         (step_plan.kept, step_plan.weighted) = (state.kept(), batch.is_weighted());
+        batch.packed.make_room(on, model.engine(), batch_size * sequence_length)?;
+        step_plan.documents = batch.packed.documents().is_some();
         let (plan, means) = (&*step_plan, followed.means());
         backend.scope(|| {
             if is_first {
@@ -1179,6 +1185,8 @@ impl<B: Backend> Run<B> {
             }
             batch.upload(backend)
         })?;
+        let BatchBuffers { tokens, targets, weights: of_targets, packed, .. } = batch;
+        let documents = packed.documents();
         let mut pass = Pass {
             backend,
             config,
@@ -1189,10 +1197,10 @@ impl<B: Backend> Run<B> {
             merge: None,
             workspace,
             sequences,
+            documents,
             plan,
         };
-        let BatchBuffers { tokens, targets, weights, .. } = batch;
-        let weights = plan.weighted.then_some(&*weights);
+        let weights = plan.weighted.then_some(&*of_targets);
         let scales = &Scales { weights, scale };
         let block_is_done = |block| exchange.block_is_done(backend, block);
         let (rows, accumulate) = (sequences.rows(), plan.accumulate);
@@ -1339,7 +1347,7 @@ impl<B: Backend> Run<B> {
         &mut self,
         weights: &B::Weights,
         model: &Model,
-        (sequences, seed, weighted): (Sequences, u64, bool),
+        (sequences, most, seed, weighted): (Sequences, usize, u64, bool),
         fill: &mut dyn FnMut(usize, Window<'_>) -> Result<()>,
     ) -> Result<[f64; 3]> {
         let Self { model: on, buffers, sharp, step_plan: plan, .. } = self;
@@ -1347,8 +1355,11 @@ impl<B: Backend> Run<B> {
         let (backend, config) = (&**backend, model.config());
         let Buffers { flat, activations, batch, merges, workspace, .. } = buffers;
         let Weighed { sum: divisor, targets } = batch.fill(sequences, weighted, fill)?;
+        batch.packed.make_room(on, model.engine(), most)?;
+        plan.documents = batch.packed.documents().is_some();
         let sum = backend.scope(|| {
             batch.upload(backend)?;
+            let documents = batch.packed.documents();
             let means = flat.followed.means();
             let (trains, merge) = (false, merges.as_mut().map(|merges| merges.merging(seed)));
             let mut pass = Pass {
@@ -1361,6 +1372,7 @@ impl<B: Backend> Run<B> {
                 merge,
                 workspace,
                 sequences,
+                documents,
                 plan,
             };
             pass.forward(activations, &batch.tokens);

@@ -33,6 +33,11 @@ pub struct Batch<'a> {
     /// (B, T): what each position is to predict, or [`IGNORED`]. May be empty with `loss`, which then
     /// is of all positions.
     pub targets: &'a [u32],
+    /// (B, T): the number of the document that each token is of. Where it changes along a sequence
+    /// another document begins: attention looks at no other than a token's own, and positions are
+    /// counted from where it begins, so that each has the logits that it has alone. None takes
+    /// [`crate::TrainerOptions::document_end`] or, without it, each sequence as one document.
+    pub documents: Option<&'a [u32]>,
     /// (B, T): a factor of each position's loss, such as 0 for what is not an answer. None is 1 for
     /// each. Those of ignored targets do not matter.
     pub weights: Option<&'a [f32]>,
@@ -47,13 +52,15 @@ pub struct Batch<'a> {
 impl Batch<'_> {
     /// Gives `work` what copies its numbers, and its loss.
     fn read<R>(self, work: impl FnOnce(&Given<'_>, Option<&mut HostLoss<'_>>) -> R) -> R {
-        let Self { tokens, targets, weights, divisor, loss } = self;
+        let Self { tokens, targets, documents, weights, divisor, loss } = self;
         let copy_tokens = |to: &mut [u32]| to.copy_from_slice(tokens);
         let copy_targets = |to: &mut [u32]| to.copy_from_slice(targets);
+        let copy_documents = |to: &mut [u32]| to.copy_from_slice(documents.unwrap_or_default());
         let copy_weights = |to: &mut [f32]| to.copy_from_slice(weights.unwrap_or_default());
         let given = Given {
             tokens: &copy_tokens,
             targets: (!targets.is_empty()).then_some(&copy_targets),
+            documents: documents.is_some().then_some(&copy_documents),
             weights: weights.is_some().then_some(&copy_weights),
             divisor,
         };
@@ -74,6 +81,7 @@ type Copying<'a, T> = &'a dyn Fn(&mut [T]);
 pub(crate) struct Given<'a> {
     pub(crate) tokens: Copying<'a, u32>,
     pub(crate) targets: Option<Copying<'a, u32>>,
+    pub(crate) documents: Option<Copying<'a, u32>>,
     pub(crate) weights: Option<Copying<'a, f32>>,
     pub(crate) divisor: Option<f64>,
 }
@@ -115,11 +123,12 @@ impl Trainer {
     }
 
     fn check_lengths(&self, batch: &Batch<'_>) -> Result<()> {
-        let Batch { tokens, targets, weights, loss, .. } = batch;
+        let Batch { tokens, targets, documents, weights, loss, .. } = batch;
         let expected = self.rows();
         let lengths = [
             ("tokens", tokens.len(), true),
             ("targets", targets.len(), loss.is_none() || !targets.is_empty()),
+            ("documents", documents.map_or(0, <[u32]>::len), documents.is_some()),
             ("weights", weights.map_or(0, <[f32]>::len), weights.is_some()),
         ];
         let mut lengths = lengths.into_iter().filter(|(_, _, counts)| *counts);
@@ -514,11 +523,15 @@ impl<B: Backend> Run<B> {
         let weights = on.read_as(options.optimizer.master)?;
         let Self { buffers, step_plan: plan, .. } = self;
         let Buffers { flat, activations, batch, workspace, .. } = buffers;
-        let Weighed { sum: divisor, targets } =
+        let Weighed { sum: divisor, targets: counted } =
             batch.take(sequences, given, model.config().vocab_size)?;
         options.recipe.set_step(plan, false, (0, 0), state.step);
         (plan.kept, plan.weighted) = (None, batch.is_weighted());
         let (backend, config) = (&*on.backend, model.config());
+        batch.packed.make_room(&on, model.engine(), sequences.rows())?;
+        plan.documents = batch.packed.documents().is_some();
+        backend.scope(|| batch.upload(backend))?;
+        let documents = batch.packed.documents();
         let mut pass = Pass {
             backend,
             config,
@@ -529,17 +542,18 @@ impl<B: Backend> Run<B> {
             merge: None,
             workspace,
             sequences,
+            documents,
             plan,
         };
-        backend.scope(|| -> Result<()> {
-            batch.upload(backend)?;
-            pass.forward(activations, &batch.tokens);
-            Ok(())
-        })?;
+        let (tokens, targets) = (&mut batch.tokens, &mut batch.targets);
+        backend.scope(|| {
+            let tokens: &mut _ = tokens;
+            pass.forward(activations, tokens);
+        });
         match loss {
             None => backend.scope(|| {
-                let batch: &mut _ = batch;
-                pass.loss(activations, &batch.targets);
+                let targets: &mut _ = targets;
+                pass.loss(activations, targets);
             }),
             // On this thread, which is the host's.
             Some(loss) => pass.loss_of_host(activations, loss)?,
@@ -548,7 +562,7 @@ impl<B: Backend> Run<B> {
         let sum = backend
             .scope(|| backend.sum_losses(&mut flat.reduction, of_targets, sequences.rows()))?;
         losses.map_or(Ok(()), |losses| self.read_losses(losses))?;
-        Ok([sum, divisor, targets as f64])
+        Ok([sum, divisor, counted as f64])
     }
 
     /// Losses of the batch that is in the buffers.

@@ -147,6 +147,12 @@ static int32_t fill(void *user_data, uint64_t number, uint32_t *to, float *weigh
   return 0;
 }
 
+static int32_t fill_packed(void *user_data, uint64_t number, uint32_t *to, float *weights,
+                           uint32_t *documents, size_t length) {
+  (void)documents;
+  return fill(user_data, number, to, weights, length);
+}
+
 static void making(const char *tokens) {
   mxt_engine_options engine_options;
   mxt_group group;
@@ -207,6 +213,9 @@ static void making(const char *tokens) {
                 other_dataset);
   mxt_dataset_free(other_dataset);
   MAKING_PANICS(mxt_dataset_from_windows(3, fill, NULL, NULL, &other_dataset), other_dataset);
+  mxt_dataset_free(other_dataset);
+  MAKING_PANICS(mxt_dataset_from_packed_windows(3, fill_packed, NULL, NULL, &other_dataset),
+                other_dataset);
   mxt_dataset_free(other_dataset);
 
   IS_NOTHING(mxt_engine_threads(engine));

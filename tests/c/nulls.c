@@ -135,6 +135,8 @@ int main(void) {
   IS_NULL("dataset", mxt_dataset_from_memory(&token, 1, MXT_TOKEN_TYPE_U32, NULL, NULL, NULL));
   IS_NULL("fill", mxt_dataset_from_windows(1, NULL, NULL, NULL, &no_dataset));
   IS_NULL("dataset", mxt_dataset_from_windows(1, NULL, NULL, NULL, NULL));
+  IS_NULL("fill", mxt_dataset_from_packed_windows(1, NULL, NULL, NULL, &no_dataset));
+  IS_NULL("dataset", mxt_dataset_from_packed_windows(1, NULL, NULL, NULL, NULL));
   CHECK(mxt_dataset_token_count(NULL) == 0);
   IS_NULL("dataset", mxt_dataset_max_token(NULL, tokens));
   IS_NULL("token", mxt_dataset_max_token(dataset, NULL));

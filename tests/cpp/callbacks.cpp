@@ -305,8 +305,28 @@ void losses(Fixture &it) {
   it.trainer.zero_gradients();
   batch.targets = targets.data();
   CHECK(it.trainer.forward(batch).tokens == 32);
-  weights.pop_back();
+  // Documents: the second token of one is where the first of another was.
+  std::vector<std::uint32_t> documents(32, 3);
+  std::vector<float> together(32), apart(32);
+  mxt::Batch packed = batch;
+  packed.losses = together.data();
+  it.trainer.forward(packed);
+  for (std::size_t i = 5; i < 16; i++) documents[i] = 0;
+  packed.documents = documents.data();
+  packed.losses = apart.data();
+  it.trainer.forward(packed);
+  CHECK(together[4] == apart[4] && together[5] != apart[5] && together[16] == apart[16]);
+  it.trainer.forward_backward(tokens, targets, {}, documents);
+  it.trainer.zero_gradients();
+  documents.pop_back();
   std::string what;
+  try {
+    it.trainer.forward_backward(tokens, targets, {}, documents);
+  } catch (const mxt::error &error) {
+    what = error.what();
+  }
+  CHECK(what.find("got 31") != std::string::npos);
+  weights.pop_back();
   try {
     it.trainer.forward_backward(tokens, targets, weights);
   } catch (const mxt::error &error) {
@@ -351,6 +371,25 @@ void data(Fixture &it) {
   }
   CHECK(caught == 9);
   CHECK(it.trainer.run(windows, 2).steps == 2);
+
+  const mxt::Dataset packed = mxt::Dataset::from_packed_windows(
+      20, [](std::uint64_t number, mxt::view<std::uint32_t> to, mxt::view<float> weights,
+             mxt::view<std::uint32_t> documents) {
+        CHECK(documents.size() == weights.size() && documents[3] == 0);
+        for (std::size_t i = 0; i < to.size(); i++) {
+          to[i] = static_cast<std::uint32_t>((i * i + number) % 29);
+        }
+        weights[0] = 0.0f;
+        if (number == 19) throw Enough{19};
+        for (std::size_t i = 7; i < documents.size(); i++) documents[i] = 1;
+      });
+  CHECK(it.trainer.eval(packed, 1).loss != it.trainer.eval(windows, 1).loss);
+  try {
+    it.trainer.eval(packed);
+  } catch (const Enough &enough) {
+    caught = enough.step;
+  }
+  CHECK(caught == 19);
 }
 
 int main(int argc, char **argv) {

@@ -492,6 +492,12 @@ MXT_ERROR_BUSY. It must not throw or longjmp.
 const mxt_window_fn = Ptr{Cvoid}
 
 """
+Fills window `number` of a dataset, as mxt_window_fn, and `documents` besides: for each of the
+sequence_length inputs the number of the document that it is of, which is 0 before.
+"""
+const mxt_packed_window_fn = Ptr{Cvoid}
+
+"""
 Makes losses of logits, and their gradients, for some rows of a batch: all rows come, in their
 order, each once, some 32 MiB of logits at a time, or 64 rows where these take more. What is
 written for rows whose target is ignored, or whose weight is 0, does not count. All that `rows`
@@ -944,6 +950,15 @@ struct mxt_trainer_options
     # third of its products. A pattern that fits no name is an error. NULL (default) freezes
     # nothing. Borrowed for the call.
     frozen::Cstring
+    # 1 keeps documents apart that end with the token `document_end`. Default 0.
+    has_document_end::Int32
+    # The token that ends a document, as 50256 does in GPT-2's vocabulary, with has_document_end: of
+    # all windows and batches in which the host does not say which token is of which document,
+    # attention looks at no document but a token's own, and positions are counted from where it
+    # begins, so that packed documents are as if each were alone. Losses are of all targets as ever,
+    # for weights say what counts. Saved with the run. Not with token_drop, nor a recipe with
+    # "haste". Default 0.
+    document_end::UInt32
 end
 
 """
@@ -1091,6 +1106,14 @@ struct mxt_batch
     loss::mxt_loss_fn
     # Passed to `loss`.
     user_data::Ptr{Cvoid}
+    # The number of the document that each token is of. Where it changes along a sequence another
+    # document begins: attention looks at no document but a token's own, and positions are counted
+    # from where it begins, so that each has the logits that it has alone. What is predicted across
+    # an end counts unless its target is ignored or its weight is 0. Not with a token_drop or a
+    # recipe with "haste". The first batch with more than one document in a sequence allocates 8
+    # bytes a token. NULL (default) takes document_end of the trainer's options or, without it,
+    # each sequence as one document.
+    documents::Ptr{UInt32}
 end
 
 """
@@ -2187,6 +2210,27 @@ function mxt_dataset_from_windows(count, fill, user_data, user_data_free, datase
 end
 
 """
+    mxt_dataset_from_packed_windows(count, fill, user_data, user_data_free, dataset)
+
+mxt_dataset_from_windows of windows that are packed with documents, which are kept apart as those
+of mxt_batch are: where the number changes along a window another document begins. A window whose
+numbers are all the same is cut at document_end of the trainer's options, where there is one. The
+last input of a document has the first of the next as its target: its weight is to be 0 where that
+is not to be learned.
+
+Errors: as mxt_dataset_from_windows.
+"""
+function mxt_dataset_from_packed_windows(count, fill, user_data, user_data_free, dataset)
+    return @ccall libmxfp4train.mxt_dataset_from_packed_windows(
+        count::UInt64,
+        fill::mxt_packed_window_fn,
+        user_data::Ptr{Cvoid},
+        user_data_free::mxt_user_data_free_fn,
+        dataset::Ptr{Ptr{mxt_dataset}}
+    )::mxt_status
+end
+
+"""
     mxt_dataset_token_count(dataset)
 
 Number of tokens in all files; 0 where the host fills windows, and if `dataset` is NULL. Any thread
@@ -2674,7 +2718,8 @@ It is not collective. mxt_trainer_step and its like return MXT_ERROR_INVALID_ARG
 wait for an update; evaluating and saving go on, and a checkpoint does not have them.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (another `count`; more
-batches than a step has; gradients that were written or scaled; an optimizer with \"ramping\"),
+batches than a step has; gradients that were written or scaled; an optimizer with \"ramping\";
+documents with a token_drop or \"haste\"),
 MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_BUSY: the batches before still
 wait then. MXT_STOPPED (`loss` returned another number than 0): none of them does any more, and
 the step begins anew.

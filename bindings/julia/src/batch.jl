@@ -10,7 +10,7 @@ const IGNORED = Int(Lib.MXT_IGNORED)
 
 """
     forward_backward!(trainer, tokens, targets; weights = nothing, divisor = nothing,
-                      losses = nothing)
+                      losses = nothing, documents = nothing)
 
 Computes the gradients of a batch and adds them to those of the batches since the last
 [`update!`](@ref), which makes a step of them all.
@@ -27,6 +27,10 @@ a column for each of `batch_size` sequences; another size is a `DimensionMismatc
   another one, such as `length(tokens)`.
 - `losses` is a matrix that gets the loss of each place, without its weight; 0 where the target is
   ignored.
+- `documents` is a matrix with the number of the document that each token is of. Where it changes down a
+  column another document begins: attention looks at no document but a token's own, and positions are
+  counted from where it begins, so that each has the logits that it has alone. `nothing` takes the
+  trainer's `document_end` or, without it, each column as one document.
 
 Where `accumulation` such batches have no weights but 1, the step has the bits of [`step!`](@ref). Any
 other number of batches is as good, but with `lanes` or in a [`Group`](@ref), of which each rank gives
@@ -84,7 +88,8 @@ function forward_backward!(
 end
 
 """
-    evaluate!(trainer, tokens, targets; weights = nothing, divisor = nothing, losses = nothing)
+    evaluate!(trainer, tokens, targets; weights = nothing, divisor = nothing, losses = nothing,
+              documents = nothing)
     evaluate!(loss, trainer, tokens; ...)
     evaluate!(loss, trainer, tokens, targets; ...)
 
@@ -125,19 +130,27 @@ function on_batch(
     weights::Union{Nothing,AbstractMatrix{<:Real}} = nothing,
     divisor = nothing,
     losses::Union{Nothing,AbstractMatrix{<:AbstractFloat}} = nothing,
+    documents::Union{Nothing,AbstractMatrix{<:Integer}} = nothing,
 )
     how = options(trainer)
     expected = (how.sequence_length, how.batch_size)
-    given = (tokens = tokens, targets = targets, weights = weights, losses = losses)
+    given = (
+        tokens = tokens,
+        targets = targets,
+        weights = weights,
+        losses = losses,
+        documents = documents,
+    )
     for (what, matrix) in pairs(given)
         matrix === nothing && continue
         check_size(what, matrix, expected, "sequence_length by batch_size")
     end
     slot, inputs = Slot(loss), c_tokens("tokens", tokens)
     outputs = targets === nothing ? nothing : c_tokens("targets", targets)
+    numbers = documents === nothing ? nothing : c_tokens("documents", documents)
     factors = weights === nothing ? nothing : Matrix{Float32}(weights)
     found = losses === nothing ? nothing : Matrix{Float32}(undef, expected)
-    GC.@preserve slot inputs outputs factors found begin
+    GC.@preserve slot inputs outputs numbers factors found begin
         managed = (
             count = length(inputs),
             tokens = pointer(inputs),
@@ -146,6 +159,7 @@ function on_batch(
             losses = pointer_or_null(found),
             loss = loss === nothing ? C_NULL : loss_function(),
             user_data = slot_pointer(slot),
+            documents = pointer_or_null(numbers),
         )
         fields = divisor === nothing ? (;) : (divisor = divisor,)
         batch = Ref(filled(Lib.mxt_batch, Lib.mxt_batch_init, fields, managed))

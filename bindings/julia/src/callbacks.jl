@@ -103,6 +103,24 @@ function on_window(
     end
 end
 
+function on_packed_window(
+    user_data::Ptr{Cvoid},
+    number::UInt64,
+    tokens::Ptr{UInt32},
+    weights::Ptr{Cfloat},
+    documents::Ptr{UInt32},
+    sequence_length::Csize_t,
+)::Int32
+    return exchanged() do
+        count = Int(sequence_length)
+        # C's memory, as long as the callback runs.
+        inputs_and_last = Base.unsafe_wrap(Vector{UInt32}, tokens, count + 1)
+        factors = Base.unsafe_wrap(Vector{Float32}, weights, count)
+        numbers = Base.unsafe_wrap(Vector{UInt32}, documents, count)
+        slot_function(user_data)(Int(number) + 1, inputs_and_last, factors, numbers)
+    end
+end
+
 function on_log(user_data::Ptr{Cvoid}, level::Int32, line::Cstring)::Cvoid
     guarded() do
         slot_function(user_data)(log_level(level), unsafe_string(line))
@@ -152,6 +170,11 @@ token_function() = @cfunction(on_token, Int32, (Ptr{Cvoid}, UInt32))
 loss_function() = @cfunction(on_loss, Int32, (Ptr{Cvoid}, Ptr{Lib.mxt_logits}))
 window_function() =
     @cfunction(on_window, Int32, (Ptr{Cvoid}, UInt64, Ptr{UInt32}, Ptr{Cfloat}, Csize_t))
+packed_window_function() = @cfunction(
+    on_packed_window,
+    Int32,
+    (Ptr{Cvoid}, UInt64, Ptr{UInt32}, Ptr{Cfloat}, Ptr{UInt32}, Csize_t),
+)
 log_function() = @cfunction(on_log, Cvoid, (Ptr{Cvoid}, Int32, Cstring))
 all_to_all_function() =
     @cfunction(on_all_to_all, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, Ptr{Cvoid}, Csize_t))

@@ -18,7 +18,7 @@ Copies a vector of tokens, which are numbers from 0. With `copy = false` a `Vect
 token. It must then not change until the dataset is closed. Nor can it grow or shrink any more: where
 Julia does not refuse that, the dataset goes on with the tokens that were.
 
-    Dataset(fill, count)
+    Dataset(fill, count; packed = false)
 
 `count` windows that `fill(number, tokens, weights)` writes each time that one is wanted, with numbers
 from 1 on. `tokens` is a `Vector{UInt32}` of `sequence_length + 1`: all but the last are what the model
@@ -31,11 +31,18 @@ changes it, and 0 for what is not to be learned, as a prompt or padding. With th
         weights .= examples[number].is_answer[2:end]
     end
 
+With `packed = true` windows are packed with documents, which are kept apart, and `fill(number, tokens,
+weights, documents)` gets one array more: a `Vector{UInt32}` of `sequence_length`, the number of the
+document that each input is of, which is 0 before. Where it changes another document begins, as in
+[`forward_backward!`](@ref); a window of one number is cut at the trainer's `document_end`, where there
+is one. The last input of a document has the first of the next as its target: its weight is to be 0
+where that is not to be learned.
+
 Training asks for every window once in an epoch, in an order that the engine's seed gives, and an
 evaluation for some spread evenly. The same number has to give the same window whenever it is asked for,
 so that a run that is loaded goes on as if it had never stopped. A loss is the weighted sum over the sum
 of weights of its step or evaluation; the `tokens` of an evaluation are the targets whose weight is not
-0. Both arrays are the library's memory, and no longer to be used when `fill` has returned. What it
+0. The arrays are the library's memory, and no longer to be used when `fill` has returned. What it
 throws is thrown by the call that needs the window, and an answer of `:stop` is an error with status
 `MXT_ERROR_IO`; the trainer is then as before the step. Meanwhile the trainer and its model are busy, and
 Ctrl-C waits for the end of the step. Several tasks that use the dataset may be in `fill` at once. Such a
@@ -108,11 +115,16 @@ function lent(tokens::AbstractVector, token_type::Int32)
     return dataset
 end
 
-function Dataset(fill, count::Integer)
+function Dataset(fill, count::Integer; packed::Bool = false)
     windows, source = c_number(UInt64, "count", count), Slot(fill)
     return made(handle -> Dataset(handle, source), Lib.mxt_dataset) do handle
         user_data = slot_pointer(source)
-        Lib.mxt_dataset_from_windows(windows, window_function(), user_data, C_NULL, handle)
+        if packed
+            filler = packed_window_function()
+            Lib.mxt_dataset_from_packed_windows(windows, filler, user_data, C_NULL, handle)
+        else
+            Lib.mxt_dataset_from_windows(windows, window_function(), user_data, C_NULL, handle)
+        end
     end
 end
 

@@ -4,7 +4,7 @@
     Trainer(model; recipe = nothing, recompute = nothing, optimizer = nothing, token_drop = nothing,
             schedule = :constant, batch_size = 8, sequence_length = 0, accumulation = 0, lanes = 0,
             lr = 3e-4, min_lr = 0, warmup_steps = 0, total_steps = 0, decay_steps = 0, beta1 = 0.9,
-            beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1, clip = 1)
+            beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1, clip = 1, document_end = nothing)
 
 A trainer at step 0 that changes the weights of `model`. All memory of training is allocated here.
 
@@ -14,7 +14,9 @@ A trainer at step 0 that changes the weights of `model`. All memory of training 
 `"pointwise"` or `"block"`. `optimizer` says what moves the weights: `"adamw"` (what `nothing` is)
 or `"stable-adamw"`, which is made for `clip = 0`. `token_drop` says how many tokens of a sequence
 the blocks between the first and the last see in training: `"start=128,steps=60%"` begins with 128
-and comes to all of them after 60 % of `total_steps`; `nothing` is all.
+and comes to all of them after 60 % of `total_steps`; `nothing` is all. `document_end` is the token that
+ends a document, such as 50256 of GPT-2: attention then looks at no document but a token's own, and
+positions are counted from where it begins, in all batches and windows that come without `documents`.
 
 `accumulation` is how many batches make a step, those of all ranks of a [`Group`](@ref) together; 0 is
 as many as there are lanes. `lanes` are the parts of a step that ranks share, each of as many batches:
@@ -353,9 +355,10 @@ function options(trainer::Trainer)
         optimizer = optimizer,
         token_drop = drop[],
         frozen = frozen[],
+        document_end = how.has_document_end == 0 ? nothing : Int(how.document_end),
         schedule = schedule,
     )
-    return merge(named(how), managed)
+    return Base.structdiff(merge(named(how), managed), NamedTuple{(:has_document_end,)})
 end
 
 # A run whose trainer is closed stops before its next step.
@@ -380,6 +383,7 @@ function with_trainer_options(
     optimizer::Union{Nothing,AbstractString} = nothing,
     token_drop::Union{Nothing,AbstractString} = nothing,
     frozen::Union{Nothing,AbstractString} = nothing,
+    document_end::Union{Nothing,Integer} = nothing,
     schedule = :constant,
     fields...,
 )
@@ -397,6 +401,8 @@ function with_trainer_options(
             optimizer = c_string(mover),
             token_drop = c_string(drop),
             frozen = c_string(stays),
+            has_document_end = document_end === nothing ? 0 : 1,
+            document_end = c_number(UInt32, "document_end", something(document_end, 0)),
             schedule = number - 1,
         )
         how = filled(Lib.mxt_trainer_options, Lib.mxt_trainer_options_init, fields, managed)

@@ -537,6 +537,46 @@ end
     @test refuses(() -> update!(trainer), MXFP4Error, "call forward_backward first")
 end
 
+@testset "documents that share a sequence" begin
+    trainer, rows = new_trainer(), windows(3)
+    documents = [i < 7 ? 9 : (i == 7 ? 0 : 4) for i in 1:16, j in 1:2]
+    together, apart = fill(NaN, 16, 2), fill(NaN, 16, 2)
+    evaluate!(trainer, inputs(rows), targets(rows); losses = together)
+    evaluate!(trainer, inputs(rows), targets(rows); documents = documents, losses = apart)
+    @test apart[1:6, :] == together[1:6, :] && all(apart[7:16, :] .!= together[7:16, :])
+    for of in (7:7, 8:16)
+        alone, found = Trainer(Model(trainer); batch_size = 2, sequence_length = length(of)), fill(NaN, length(of), 2)
+        evaluate!(alone, inputs(rows)[of, :], targets(rows)[of, :]; losses = found)
+        @test found == apart[of, :]
+    end
+    forward_backward!(trainer, inputs(rows), targets(rows); documents = documents)
+    @test isapprox(update!(trainer).loss, sum(apart) / 32; rtol = 1e-5)
+    @test_throws DimensionMismatch forward_backward!(
+        trainer, inputs(rows), targets(rows); documents = documents[1:15, :],
+    )
+
+    # A token ends them, too, and windows of the program have them.
+    last = rows[6, 1]
+    by_token = Trainer(new_model(); batch_size = 2, document_end = last)
+    @test options(by_token).document_end === last && options(trainer).document_end === nothing
+    @test !haskey(options(trainer), :has_document_end)
+    given = Trainer(new_model(); batch_size = 2)
+    numbers = vcat(zeros(Int, 1, 2), cumsum(rows[1:15, :] .== last; dims = 1))
+    evaluation = evaluate!(given, inputs(rows), targets(rows); documents = numbers)
+    @test evaluate!(by_token, inputs(rows), targets(rows)).loss == evaluation.loss
+    @test evaluate!(given, inputs(rows), targets(rows)).loss != evaluation.loss
+    dataset = Dataset(2; packed = true) do number, tokens, weights, documents
+        @assert documents isa Vector{UInt32} && iszero(documents) && length(documents) == 16
+        tokens .= rows[:, number]
+        documents .= numbers[:, number]
+    end
+    @test isapprox(evaluate!(given, dataset).loss, evaluation.loss; rtol = 1e-6)
+    @test step!(given, dataset).loss > 0
+    too_large() = Trainer(new_model(); document_end = 32)
+    @test refuses(too_large, MXFP4Error, "document_end")
+    @test refuses(() -> Trainer(new_model(); document_end = -1), ArgumentError, "document_end: ")
+end
+
 @testset "losses of the program" begin
     # Without smoothing it is the library's own, up to rounding.
     own, trainer = [Trainer(new_model(); batch_size = 2, lr = 1e-2, recipe = "fp32") for _ in 1:2]

@@ -237,3 +237,52 @@ def test_arrays_that_do_not_fit(make_trainer):
         trainer.forward_backward(INPUTS - 1, TARGETS)
     with pytest.raises(mxt.MxtError):
         trainer.forward_backward(INPUTS)
+
+
+def test_documents_are_as_if_each_were_alone(make_trainer):
+    documents = np.repeat([[9, 0, 4]], [6, 1, 9], axis=1).repeat(3, axis=0)
+    trainer = make_trainer()
+    together, losses = (np.zeros((3, 16), np.float32) for _ in range(2))
+    trainer.forward(INPUTS, TARGETS, losses=together)
+    for numbers in (documents, documents.astype(np.int8), documents.tolist()):
+        trainer.forward(INPUTS, TARGETS, documents=numbers, losses=losses)
+        assert np.array_equal(losses[:, :6], together[:, :6])
+        assert not np.any(losses[:, 6:] == together[:, 6:])
+    for first, end in ((6, 7), (7, 16)):
+        alone = mxt.Trainer(trainer.model, batch_size=3, sequence_length=end - first)
+        found = np.zeros((3, end - first), np.float32)
+        alone.forward(INPUTS[:, first:end], TARGETS[:, first:end], losses=found)
+        assert np.array_equal(found, losses[:, first:end])
+    trainer.forward_backward(INPUTS, TARGETS, documents=documents)
+    assert trainer.update().loss == pytest.approx(losses.mean(), rel=1e-5)
+    with pytest.raises(ValueError, match="documents: expected"):
+        trainer.forward_backward(INPUTS, TARGETS, documents=documents[:, 1:])
+    with pytest.raises(ValueError, match="documents: expected tokens from 0"):
+        trainer.forward_backward(INPUTS, TARGETS, documents=documents - 1)
+
+
+def test_a_token_ends_documents(make_trainer):
+    end = int(INPUTS[1, 5])
+    numbers = np.zeros((3, 17), np.uint32)
+    numbers[:, 1:] = np.cumsum(ROWS == end, axis=1)[:, :-1]
+    given, by_token = make_trainer(), make_trainer(document_end=end)
+    assert (given.options.document_end, by_token.options.document_end) == (None, end)
+    expected = given.forward(INPUTS, TARGETS, documents=numbers[:, :-1]).loss
+    assert by_token.forward(INPUTS, TARGETS).loss == expected
+    assert given.forward(INPUTS, TARGETS).loss != expected
+
+    def fill(number, tokens, weights, documents):
+        assert not documents.any() and len(documents) == len(weights) == len(tokens) - 1
+        tokens[:] = ROWS[number]
+        documents[:] = numbers[number, :-1]
+
+    def unmarked(number, tokens, weights, documents):
+        tokens[:] = ROWS[number]
+
+    packed, plain = (mxt.Dataset.from_packed_windows(3, of) for of in (fill, unmarked))
+    loss = given.evaluate(packed).loss
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert by_token.evaluate(plain).loss == by_token.evaluate(packed).loss == loss
+    assert given.evaluate(plain).loss != loss
+    with pytest.raises(mxt.InvalidArgument, match="document_end"):
+        make_trainer(document_end=61)

@@ -168,6 +168,15 @@ pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) batch: BatchArgs,
 
+    /// Keep documents apart: attention looks at no document but a token's own, and positions are
+    /// counted from where it begins. Documents end with the end-of-text token of --tokenizer gpt2; of
+    /// --examples each is one, and several are packed into a sequence, which holds all that the model
+    /// sees unless --sequence-length is given
+    #[arg(long, help_heading = "Step", num_args = 0..=1, require_equals = true,
+          default_value_t = false, default_missing_value = "true", hide_default_value = true,
+          hide_possible_values = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub(crate) document_mask: bool,
+
     #[command(flatten)]
     pub(crate) recipe: RecipeArgs,
 

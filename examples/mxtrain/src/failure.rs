@@ -90,6 +90,7 @@ fn option_name(what: &str) -> String {
         "lora rank" => "lora",
         "lora alpha" => "lora-alpha",
         "lora layers" => "lora-layers",
+        "document_end" | "documents" => "document-mask",
         "accumulation" | "batch_size" | "beta1" | "beta2" | "channels" | "clip" | "decay_steps"
         | "device" | "draft" | "draft_tokens" | "gradient_wire" | "heads" | "lanes" | "layers"
         | "lr" | "min_lr" | "min_p" | "mlp_channels" | "prompt" | "recipe"

@@ -156,6 +156,8 @@ struct Training {
     token_drop: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     frozen: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    document_end: Option<u32>,
 }
 
 /// That of AdamW is not in the file.
@@ -266,15 +268,18 @@ impl Checkpoint {
             HumanCount(self.parameters),
         );
         if let Some(training) = &self.training {
-            let Training { step, seed, recipe, optimizer, token_drop, frozen } = training;
+            let Training { step, seed, recipe, optimizer, token_drop, frozen, document_end } =
+                training;
             let [recipe, optimizer] = [recipe, optimizer].map(|name| console::plain(name));
             let drop =
                 token_drop.as_ref().map(|drop| format!(", token drop {}", console::plain(drop)));
             let drop = drop.unwrap_or_default();
             let frozen = frozen.as_ref().map(|of| format!(", frozen {}", console::plain(of)));
             let frozen = frozen.unwrap_or_default();
+            let apart = document_end.map(|end| format!(", documents end with {end}"));
+            let apart = apart.unwrap_or_default();
             text.push_str(&format!(
-                "training    step {step}, recipe {recipe}, optimizer {optimizer}{drop}{frozen}, \
+                "training    step {step}, recipe {recipe}, optimizer {optimizer}{drop}{frozen}{apart}, \
                  seed {seed}\n"
             ));
         }

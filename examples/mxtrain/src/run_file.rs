@@ -50,7 +50,7 @@ const DATA_OPTIONS: [&str; 11] = [
     "between",
 ];
 /// and those that say what a run does.
-const RUN_OPTIONS: [&str; 8] = [
+const RUN_OPTIONS: [&str; 9] = [
     "steps",
     "eval-every",
     "eval-batches",
@@ -59,6 +59,7 @@ const RUN_OPTIONS: [&str; 8] = [
     "sample-every",
     "sample-prompt",
     "seed",
+    "document-mask",
 ];
 
 /// The contents of `mxtrain.json`.

@@ -233,3 +233,44 @@ fn what_cannot_be_finetuned_is_named() {
     );
     succeed(dir, "train --resume fields --steps 2");
 }
+
+/// Examples that share a sequence are learned as those that have one each: of all of them at once, the
+/// first step has the same loss and gradient.
+#[test]
+fn packed_examples_are_as_if_each_were_alone() {
+    let dir = folder();
+    let dir = dir.path();
+    let settings = "finetune --init-from base --examples capitals.jsonl --lr 1e-3 --threads 1 \
+                    --recipe fp32 --val-examples capitals.jsonl --eval-every 2 --steps 4";
+    succeed(dir, &format!("{settings} --batch-size 6 --out alone --log alone.jsonl"));
+    let packed = format!("{settings} --batch-size 3 --document-mask");
+    let out = succeed(dir, &format!("{packed} --out packed --log packed.jsonl"));
+    // Two of at most 32 tokens each in 65.
+    assert!(out.contains("33 are learned and packed into 3 sequences, 6 examples for"), "{out}");
+    assert!(out.contains(" x 3 x 64 = ") && out.contains("4.00 passes over the data"), "{out}");
+    let rows = |name: &str| -> Vec<Value> {
+        let text = fs::read_to_string(dir.join(name)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let numbers = |name: &str, kind: &str, field: &str| -> Vec<f64> {
+        let of_kind = rows(name).into_iter().filter(|row| row["type"] == kind);
+        of_kind.map(|row| row[field].as_f64().unwrap()).collect()
+    };
+    for (kind, field) in [("step", "loss"), ("step", "grad_norm"), ("eval", "loss")] {
+        let [alone, packed] =
+            ["alone.jsonl", "packed.jsonl"].map(|name| numbers(name, kind, field));
+        assert!(!alone.is_empty() && alone.len() == packed.len(), "{kind} {field}");
+        for (a, b) in alone.iter().zip(&packed) {
+            assert!((a - b).abs() <= 2e-4 * a.abs(), "{kind} {field}: {alone:?} {packed:?}");
+        }
+    }
+    // Without the mask in what is saved a resumed run would go on with other sequences.
+    succeed(dir, &format!("{packed} --steps 2 --out half"));
+    succeed(dir, "train --resume half --steps 4 --log half.jsonl");
+    let [whole, rest] = ["packed.jsonl", "half.jsonl"].map(|name| numbers(name, "step", "tokens"));
+    assert_eq!(whole[..2], rest[..]);
+    let two = format!("{packed} --accumulation 2 --lanes 2 --steps 3");
+    succeed(dir, &format!("{two} --out one --log one.jsonl"));
+    succeed(dir, &format!("{two} --ranks 2 --out two --log two.jsonl"));
+    assert_eq!(steps(dir, "one.jsonl"), steps(dir, "two.jsonl"));
+}

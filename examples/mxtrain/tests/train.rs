@@ -75,6 +75,48 @@ fn token_dropping_is_named_shown_and_kept() {
     assert!(plan(drop) > plan(""));
 }
 
+/// Documents of GPT-2's tokens end with its own, which is saved with the run.
+#[test]
+fn a_document_mask_is_named_shown_and_kept() {
+    let dir = folder();
+    let dir = dir.path();
+    let text: String = (0..300).map(|i| format!("Number {i} of some.<|endoftext|>")).collect();
+    fs::write(dir.join("short.txt"), text).unwrap();
+    succeed(dir, "prepare short.txt --tokenizer gpt2 --out short");
+    let line = format!("train --data short {TINY} --eval-batches 1 --save-every 2");
+    let mask = "--document-mask";
+    let out = succeed(dir, &format!("{line} {mask} --steps 4 --out model --log a.jsonl"));
+    assert!(out.contains(", documents apart that end with token 50256\n"), "{out}");
+    assert_eq!(info(dir, "model")["training"]["document_end"], 50256);
+    assert!(succeed(dir, "info model").contains(", documents end with 50256, seed 1337\n"));
+    succeed(dir, &format!("{line} --steps 4 --out whole --log b.jsonl"));
+    assert_ne!(losses(dir, "a.jsonl"), losses(dir, "b.jsonl"));
+    assert!(info(dir, "whole")["training"].get("document_end").is_none());
+    // A run that stops goes on so, whether it is named again or not.
+    let out = succeed(dir, &format!("train --resume model --steps 5 {mask}"));
+    assert!(out.contains(", documents apart that end with token 50256\n"), "{out}");
+    let error = refuse(dir, &format!("train --resume whole --steps 5 {mask}"));
+    assert!(
+        error.contains("--document-mask: a resumed run keeps what it was started with"),
+        "{error}"
+    );
+    for (line, words) in [
+        (
+            format!("train --data data --out bytes --steps 1 {mask} {TINY}"),
+            "no token of --tokenizer bytes",
+        ),
+        (
+            format!(
+                "train --train short/train.bin --vocab-size 50257 --out x --steps 1 {mask} {TINY}"
+            ),
+            "name the tokenizer",
+        ),
+    ] {
+        let error = refuse(dir, &line);
+        assert!(error.contains("--document-mask: ") && error.contains(words), "{line}: {error}");
+    }
+}
+
 #[test]
 fn an_optimizer_is_named_shown_and_kept() {
     let dir = folder();

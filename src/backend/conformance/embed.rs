@@ -11,18 +11,29 @@ fn context(shape: EmbeddingShape) -> usize {
     shape.sequences.length + 3
 }
 
+/// Whole sequences, and documents in them.
+const LENGTHS: [Option<&[usize]>; 2] = [None, Some(&[3, 1, 5, 40])];
+
 pub(super) fn embedding_forward<B: Harness>(backends: &[B]) {
-    for [batch, length, channels, vocab] in SIZES {
+    for ([batch, length, channels, vocab], lengths) in
+        SIZES.into_iter().flat_map(|size| LENGTHS.map(|lengths| (size, lengths)))
+    {
         let shape = EmbeddingShape { sequences: Sequences { batch, length }, channels };
         let ids = some_tokens(shape.sequences.rows(), vocab, 1);
+        let bounds = lengths.map(|lengths| packed(shape.sequences, lengths));
         let (wte, wpe) = (random(vocab * channels, 2), random(context(shape) * channels, 3));
         for precision in precisions::<B>() {
             let [te, pe] = [&wte, &wpe].map(|w| f64s(&rounded(w, precision)));
-            let exact = reference::embedding_forward(&ids, &te, &pe, shape.sequences, channels);
+            let starts = bounds.as_ref().map(|[starts, _]| &starts[..]);
+            let exact =
+                reference::embedding_forward((&ids, starts), &te, &pe, shape.sequences, channels);
             each(backends, |b| {
+                let documents = bounds.as_ref().map(|bounds| documents(b, bounds));
+                let documents = documents.as_ref();
                 let (ids, params) = (tokens(b, &ids), Params::of(b, &[&wte, &wpe]));
                 let mut out = poison(b, exact.len(), precision);
-                b.embedding_forward(&mut out, &ids, params.get(b, 0), params.get(b, 1), shape);
+                let [te, pe] = [0, 1].map(|number| params.get(b, number));
+                b.embedding_forward(&mut out, &ids, documents, te, pe, shape);
                 close(b, "out", &read(b, &out), &exact, Of::Embedding, precision);
             });
         }
@@ -30,10 +41,13 @@ pub(super) fn embedding_forward<B: Harness>(backends: &[B]) {
 }
 
 pub(super) fn embedding_backward<B: Harness>(backends: &[B]) {
-    for [batch, length, channels, vocab] in SIZES {
+    for ([batch, length, channels, vocab], lengths) in
+        SIZES.into_iter().flat_map(|size| LENGTHS.map(|lengths| (size, lengths)))
+    {
         let shape = EmbeddingShape { sequences: Sequences { batch, length }, channels };
         let rows = shape.sequences.rows();
         let ids = some_tokens(rows, vocab, 1);
+        let bounds = lengths.map(|lengths| packed(shape.sequences, lengths));
         for precision in precisions::<B>() {
             let dout = rounded(&random(rows * channels, 4), precision);
             let mut te = vec![0.0; vocab * channels];
@@ -41,9 +55,12 @@ pub(super) fn embedding_backward<B: Harness>(backends: &[B]) {
             for (i, d) in dout.iter().enumerate() {
                 let (row, channel) = (i / channels, i % channels);
                 te[ids[row] as usize * channels + channel] += f64::from(*d);
-                pe[row % length * channels + channel] += f64::from(*d);
+                let start = bounds.as_ref().map_or(0, |[starts, _]| starts[row] as usize);
+                pe[(row % length - start) * channels + channel] += f64::from(*d);
             }
             each(backends, |b| {
+                let documents = bounds.as_ref().map(|bounds| documents(b, bounds));
+                let documents = documents.as_ref();
                 let (ids, dout) = (tokens(b, &ids), input(b, &dout, precision));
                 for accumulate in [true, false] {
                     let of_positions = if accumulate { 1.0 } else { f32::NAN };
@@ -52,7 +69,7 @@ pub(super) fn embedding_backward<B: Harness>(backends: &[B]) {
                         let mut flat = Gradients::of(b, &[&pieces[0], &pieces[1]]);
                         let [dwte, dwpe] = flat.wanted(b, wanted);
                         let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
-                        b.embedding_backward(gradients, &dout, &ids, shape);
+                        b.embedding_backward(gradients, &dout, &ids, documents, shape);
                         flat.read(b)
                     };
                     let all = backward([true; 2]);

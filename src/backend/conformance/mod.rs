@@ -125,7 +125,7 @@ suite! {
     linear: linear_layers_follow_their_recipes linear_layers_with_gelu operands_turned_ahead
         nan_poisons_the_products_that_it_enters gelu;
     lora: adapters;
-    attend: attention;
+    attend: attention attention_of_documents documents_do_not_see_each_other;
     decode: few_rows_are_those_of_a_layer attention_in_pieces embedding_behind;
     head: classifier classifier_of_host a_loss_that_fails worst_losses the_worst_loss_of_five_logits
         logits;
@@ -242,6 +242,32 @@ fn tokens<B: Harness>(b: &B, ids: &[u32]) -> B::Tokens {
     let mut tokens = cut(b, |arena| b.tokens(arena, ids.len() + BEYOND, true).unwrap());
     b.write_tokens(&mut tokens, ids.len(), |to| to.copy_from_slice(ids));
     tokens
+}
+
+/// Documents of these lengths, over and over through each sequence, the last of each cut off: where
+/// those of each row begin, and where they end.
+fn packed(sequences: Sequences, lengths: &[usize]) -> [Vec<u32>; 2] {
+    let mut bounds = [Vec::new(), Vec::new()];
+    let mut lengths = lengths.iter().cycle();
+    for _ in 0..sequences.batch {
+        let mut start = 0;
+        while start < sequences.length {
+            let end = sequences.length.min(start + lengths.next().unwrap());
+            for (to, at) in bounds.iter_mut().zip([start, end]) {
+                to.resize(to.len() + end - start, at as u32);
+            }
+            start = end;
+        }
+    }
+    bounds
+}
+
+/// The same on the device.
+fn documents<B: Harness>(b: &B, bounds: &[Vec<u32>; 2]) -> B::Bytes {
+    let words = bounds.concat();
+    let mut bytes = cut(b, |arena| b.bytes(arena, document_bytes(bounds[0].len())));
+    b.write_bytes(&mut bytes, 0, bytemuck::cast_slice(&words)).unwrap();
+    bytes
 }
 
 /// The layers of a recipe whose layers are alike.

@@ -3,10 +3,11 @@
 
 use rayon::prelude::*;
 
+use super::attend::pieces;
 use super::disjoint::DisjointSlice;
 use super::isa::simd_fn;
 use super::{Buffer, Cpu, rows_per_job};
-use crate::backend::{Embed, EmbeddingGradients, EmbeddingShape};
+use crate::backend::{Documents, Embed, EmbeddingGradients, EmbeddingShape};
 
 impl Cpu {
     /// out (rows, C) = the tokens of wte (V, C) and what `position` gives of a row.
@@ -37,12 +38,15 @@ impl Embed for Cpu {
         &self,
         out: &mut Buffer<f32>,
         tokens: &Buffer<u32>,
+        documents: Option<Documents<'_, Self>>,
         wte: &[f32],
         wpe: &[f32],
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
+        let starts: Option<&[u32]> = documents.map(|bounds| bytemuck::cast_slice(bounds));
         self.embed_rows(out, tokens, wte, (sequences.rows(), channels), |row| {
-            &wpe[row % sequences.length * channels..][..channels]
+            let start = starts.map_or(0, |starts| starts[row] as usize);
+            &wpe[(row % sequences.length).saturating_sub(start) * channels..][..channels]
         });
     }
 
@@ -51,6 +55,7 @@ impl Embed for Cpu {
         gradients: EmbeddingGradients<'_, Self>,
         dout: &Buffer<f32>,
         tokens: &Buffer<u32>,
+        documents: Option<Documents<'_, Self>>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
         let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
@@ -63,7 +68,10 @@ impl Embed for Cpu {
             self.install(|| {
                 positions.for_each(|(position, d)| {
                     for b in 0..sequences.batch {
-                        add(self.isa(), d, &dout[(b * t + position) * channels..][..channels]);
+                        for of in pieces(documents, sequences, b).filter(|of| of.len() > position) {
+                            let row = b * t + of.start + position;
+                            add(self.isa(), d, &dout[row * channels..][..channels]);
+                        }
                     }
                 });
             });

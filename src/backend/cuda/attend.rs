@@ -6,7 +6,7 @@ use super::device::gpu::Gpu;
 use super::device::launch;
 use super::device::memory::{F32, Tensor};
 use super::{Cuda, Workspace, kernel};
-use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision};
+use crate::backend::{Attend, AttentionBackward, AttentionShape, Documents, Precision};
 
 /// `Heads` of the kernels.
 #[derive(Clone, Copy)]
@@ -26,6 +26,24 @@ impl From<AttentionShape> for Heads {
     }
 }
 
+/// `PackedHeads` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct PackedHeads {
+    heads: Heads,
+    bounds: u64,
+    rows: u32,
+    unused: u32,
+}
+
+impl PackedHeads {
+    /// Of documents whose words lie there.
+    pub(super) fn new(shape: AttentionShape, bounds: u64) -> Self {
+        let rows = shape.sequences.rows() as u32;
+        Self { heads: shape.into(), bounds, rows, unused: 0 }
+    }
+}
+
 /// The most channels of a head that any kernel takes.
 pub(super) const MAX_HEAD_SIZE: usize = 256;
 
@@ -37,22 +55,30 @@ struct Flash {
     dq: Kernel,
 }
 
-/// Name, rows that a block owns, its threads, and its bytes of shared memory.
-struct Kernel(&'static str, usize, usize, usize);
+/// Names, without documents and with them, rows that a block owns, its threads, and its bytes of
+/// shared memory.
+struct Kernel([&'static str; 2], usize, usize, usize);
+
+/// The names of a kernel, of which this is all but what its sequences are.
+macro_rules! names {
+    ($begun:literal) => {
+        [concat!($begun, ">"), concat!($begun, ",PackedHeads>")]
+    };
+}
 
 /// From Ampere on.
 const MMA: [Flash; 2] = [
     Flash {
         width: 64,
-        forward: Kernel("flash_forward<64,4,2,64>", 128, 128, 8 * 64 * 64),
-        dkdv: Kernel("flash_dkdv<64,4,64>", 64, 128, 64 * 4 * 64 + 8 * 64 * 64 + 16 * 64),
-        dq: Kernel("flash_dq<64,4,64>", 64, 128, 64 * 4 * 64 + 8 * 64 * 64),
+        forward: Kernel(names!("flash_forward<64,4,2,64"), 128, 128, 8 * 64 * 64),
+        dkdv: Kernel(names!("flash_dkdv<64,4,64"), 64, 128, 64 * 4 * 64 + 8 * 64 * 64 + 16 * 64),
+        dq: Kernel(names!("flash_dq<64,4,64"), 64, 128, 64 * 4 * 64 + 8 * 64 * 64),
     },
     Flash {
         width: 128,
-        forward: Kernel("flash_forward<128,8,1,64>", 128, 256, 8 * 64 * 128),
-        dkdv: Kernel("flash_dkdv<128,4,32>", 64, 128, 64 * 4 * 128 + 8 * 32 * 128 + 16 * 32),
-        dq: Kernel("flash_dq<128,4,32>", 64, 128, 64 * 4 * 128 + 8 * 32 * 128),
+        forward: Kernel(names!("flash_forward<128,8,1,64"), 128, 256, 8 * 64 * 128),
+        dkdv: Kernel(names!("flash_dkdv<128,4,32"), 64, 128, 64 * 4 * 128 + 8 * 32 * 128 + 16 * 32),
+        dq: Kernel(names!("flash_dq<128,4,32"), 64, 128, 64 * 4 * 128 + 8 * 32 * 128),
     },
 ];
 
@@ -60,15 +86,15 @@ const MMA: [Flash; 2] = [
 const WGMMA: [Flash; 2] = [
     Flash {
         width: 64,
-        forward: Kernel("wgmma_forward<64,2,64,2>", 128, 256, (256 + 768) * 64 + 1024),
-        dkdv: Kernel("wgmma_dkdv<64,2>", 128, 256, (512 + 768) * 64 + 1536 + 1024),
-        dq: Kernel("wgmma_dq<64,2,64>", 128, 256, (512 + 768) * 64 + 1024),
+        forward: Kernel(names!("wgmma_forward<64,2,64,2"), 128, 256, (256 + 768) * 64 + 1024),
+        dkdv: Kernel(names!("wgmma_dkdv<64,2"), 128, 256, (512 + 768) * 64 + 1536 + 1024),
+        dq: Kernel(names!("wgmma_dq<64,2,64"), 128, 256, (512 + 768) * 64 + 1024),
     },
     Flash {
         width: 128,
-        forward: Kernel("wgmma_forward<128,2,64,1>", 128, 256, (256 + 768) * 128 + 1024),
-        dkdv: Kernel("wgmma_dkdv<128,2>", 128, 256, (512 + 768) * 128 + 1536 + 1024),
-        dq: Kernel("wgmma_dq<128,2,64>", 128, 256, (512 + 768) * 128 + 1024),
+        forward: Kernel(names!("wgmma_forward<128,2,64,1"), 128, 256, (256 + 768) * 128 + 1024),
+        dkdv: Kernel(names!("wgmma_dkdv<128,2"), 128, 256, (512 + 768) * 128 + 1536 + 1024),
+        dq: Kernel(names!("wgmma_dq<128,2,64"), 128, 256, (512 + 768) * 128 + 1024),
     },
 ];
 
@@ -91,20 +117,33 @@ impl Attend for Cuda {
         out: &mut Tensor,
         lse: &mut F32,
         qkv: &Tensor,
+        documents: Option<Documents<'_, Self>>,
         shape: AttentionShape,
     ) {
-        let plain = Kernel(kernel!(qkv, "attention_forward"), 4, 128, 16 * shape.head_size);
-        let Kernel(name, rows, block, shared) =
+        let names =
+            [kernel!(qkv, "attention_forward"), kernel!(qkv, "attention_forward", "PackedHeads")];
+        let plain = Kernel(names, 4, 128, 16 * shape.head_size);
+        let Kernel([name, packed], rows, block, shared) =
             *flash(&self.gpu, qkv, shape).map_or(&plain, |flash| &flash.forward);
         let mut out = out.write();
-        launch!(self.gpu, name, grid(shape, rows), block, shared;
-            out.address, lse.address(), out.amax(), qkv.address(), Heads::from(shape));
+        let (amax, grid) = (out.amax(), grid(shape, rows));
+        match documents {
+            None => {
+                launch!(self.gpu, name, grid, block, shared;
+                out.address, lse.address(), amax, qkv.address(), Heads::from(shape));
+            }
+            Some(documents) => {
+                launch!(self.gpu, packed, grid, block, shared;
+                out.address, lse.address(), amax, qkv.address(),
+                PackedHeads::new(shape, documents.address));
+            }
+        }
     }
 
     fn attention_backward(
         &self,
         workspace: &mut Workspace,
-        AttentionBackward { dqkv, dout, out, lse, qkv }: AttentionBackward<'_, Self>,
+        AttentionBackward { dqkv, dout, out, lse, qkv, documents }: AttentionBackward<'_, Self>,
         shape: AttentionShape,
     ) {
         let (heads, delta) = (Heads::from(shape), workspace.delta.address);
@@ -113,17 +152,28 @@ impl Attend for Cuda {
             delta, dout.address(), out.address(), rows as u32, heads);
         let shared = 32 * shape.head_size;
         let plain = [
-            Kernel(kernel!(qkv, "attention_dkdv"), 4, 128, shared),
-            Kernel(kernel!(qkv, "attention_dq"), 4, 128, shared),
+            [kernel!(qkv, "attention_dkdv"), kernel!(qkv, "attention_dkdv", "PackedHeads")],
+            [kernel!(qkv, "attention_dq"), kernel!(qkv, "attention_dq", "PackedHeads")],
         ];
+        let plain = plain.map(|names| Kernel(names, 4, 128, shared));
         let [dkdv, dq] = &plain;
         let kernels =
             flash(&self.gpu, qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
         let mut dqkv = dqkv.write();
         let amax = dqkv.amax();
-        for Kernel(name, rows, block, shared) in kernels {
-            launch!(self.gpu, name, grid(shape, *rows), *block, *shared;
-                dqkv.address, amax, dout.address(), lse.address(), delta, qkv.address(), heads);
+        for Kernel([name, packed], rows, block, shared) in kernels {
+            let grid = grid(shape, *rows);
+            match documents {
+                None => {
+                    launch!(self.gpu, name, grid, *block, *shared;
+                    dqkv.address, amax, dout.address(), lse.address(), delta, qkv.address(), heads);
+                }
+                Some(documents) => {
+                    launch!(self.gpu, packed, grid, *block, *shared;
+                    dqkv.address, amax, dout.address(), lse.address(), delta, qkv.address(),
+                    PackedHeads::new(shape, documents.address));
+                }
+            }
         }
     }
 }

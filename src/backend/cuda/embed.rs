@@ -11,7 +11,7 @@ use super::device::launch;
 use super::device::memory::{Arena, Param, Piece, Tensor, Upload};
 use super::{Cuda, kernel};
 use crate::Result;
-use crate::backend::{Embed, EmbeddingGradients, EmbeddingShape};
+use crate::backend::{Documents, Embed, EmbeddingGradients, EmbeddingShape};
 
 /// Token numbers on the device.
 pub(crate) struct Tokens {
@@ -99,6 +99,7 @@ impl Embed for Cuda {
         &self,
         out: &mut Tensor,
         tokens: &Tokens,
+        documents: Option<Documents<'_, Self>>,
         wte: Param<'_>,
         wpe: Param<'_>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
@@ -108,7 +109,8 @@ impl Embed for Cuda {
         let rows = sequences.rows();
         let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
         launch!(self.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
-            out.write().address, tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
+            out.write().address, tokens.ids(), wte, wpe, documents.map_or(0, |words| words.address),
+            sequences.length as u32, channels as u32);
     }
 
     fn embedding_backward(
@@ -116,6 +118,7 @@ impl Embed for Cuda {
         gradients: EmbeddingGradients<'_, Self>,
         dout: &Tensor,
         tokens: &Tokens,
+        documents: Option<Documents<'_, Self>>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
         let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
@@ -132,6 +135,13 @@ impl Embed for Cuda {
             self.clear(dwpe.address(), dwpe.place.bytes());
         }
         let grid = [(sequences.length * channels).div_ceil(256), 1, 1];
+        if let Some(documents) = documents {
+            let ends = documents.address + (rows * size_of::<u32>()) as u64;
+            launch!(self.gpu, kernel!(dout, "embedding_backward_documents"), grid, 256, 0;
+                dwpe.in_f32(), dout.address(), ends,
+                sequences.batch as u32, sequences.length as u32, channels as u32);
+            return;
+        }
         launch!(self.gpu, kernel!(dout, "embedding_backward_positions"), grid, 256, 0;
             dwpe.in_f32(), dout.address(),
             sequences.batch as u32, sequences.length as u32, channels as u32);

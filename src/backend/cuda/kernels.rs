@@ -43,15 +43,21 @@ pub(super) static FILES: [File; 34] = [
     }),
     file!("optimize_watch", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| of("watch_update")),
     file!("attend_plain", ["heads.cuh", "attend.cuh"], |_| {
-        of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T>")
+        of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T> \
+            attention_forward<T,PackedHeads> attention_dq<T,PackedHeads> \
+            attention_dkdv<T,PackedHeads>")
     }),
     file!("attend_sm80", ["heads.cuh", "attend.cuh"], |_| {
-        of("flash_forward<64,4,2,64> flash_dkdv<64,4,64> flash_dq<64,4,64> \
-            flash_forward<128,8,1,64> flash_dkdv<128,4,32> flash_dq<128,4,32>")
+        and_packed(
+            "flash_forward<64,4,2,64> flash_dkdv<64,4,64> flash_dq<64,4,64> \
+             flash_forward<128,8,1,64> flash_dkdv<128,4,32> flash_dq<128,4,32>",
+        )
     }),
     file!("attend_sm90", ["heads.cuh", "attend.cuh"], |chip| match chip {
-        (9, 0) => of("wgmma_forward<64,2,64,2> wgmma_dkdv<64,2> wgmma_dq<64,2,64> \
-                      wgmma_forward<128,2,64,1> wgmma_dkdv<128,2> wgmma_dq<128,2,64>"),
+        (9, 0) => and_packed(
+            "wgmma_forward<64,2,64,2> wgmma_dkdv<64,2> wgmma_dq<64,2,64> \
+             wgmma_forward<128,2,64,1> wgmma_dkdv<128,2> wgmma_dq<128,2,64>",
+        ),
         _ => Vec::new(),
     }),
     file!("attend_behind", ["heads.cuh"], |_| {
@@ -76,7 +82,8 @@ pub(super) static FILES: [File; 34] = [
         .concat())
     }),
     file!("embed", [], |_| {
-        of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
+        of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T> \
+            embedding_backward_documents<T>")
     }),
     file!("estimate", ["numbers.cuh"], |_| of("estimate")),
     file!("exchange", ["random.cuh", "numbers.cuh"], |_| {
@@ -159,6 +166,11 @@ fn of(kernels: &str) -> Vec<String> {
         }
     }
     names
+}
+
+/// These kernels of attention, and the same of sequences that are packed with documents.
+fn and_packed(kernels: &str) -> Vec<String> {
+    of(&[kernels, " ", &kernels.replace('>', ",PackedHeads>")].concat())
 }
 
 /// Kernels of FP8 numbers for groups of one kind, and others, where the chip has them.
@@ -287,14 +299,14 @@ mod tests {
                 let (call, _) = call.split_once(')').unwrap();
                 let mut arguments = call.split(',').skip(1);
                 let name = arguments.next().unwrap().trim_matches('"');
-                let rest: String = arguments.map(|argument| format!(",{argument}")).collect();
+                let rest: String =
+                    arguments.map(|argument| format!(",{}", argument.trim_matches('"'))).collect();
                 launched.extend(["bf16", "float"].map(|number| format!("{name}<{number}{rest}>")));
             }
             for before in [
                 "launch!(cuda.gpu,\"",
                 "launch!(self.gpu,\"",
                 "launch_drawn(\"",
-                "Kernel(\"",
                 "Few::plain(\"",
                 "Type::Bf16=>\"product",
                 "Type::F32=>\"product",
@@ -304,6 +316,10 @@ mod tests {
                     launched.insert(format!("{begun}{}", call.split_once('"').unwrap().0));
                 }
             }
+        }
+        for call in include_str!("attend.rs").split("names!(\"").skip(1) {
+            let begun = call.split_once('"').unwrap().0;
+            launched.extend([format!("{begun}>"), format!("{begun},PackedHeads>")]);
         }
         assert!(launched.len() > 40 && launched.contains("adamw"), "{launched:?}");
         for name in launched {

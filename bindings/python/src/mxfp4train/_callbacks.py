@@ -161,6 +161,19 @@ def on_window(user_data: Any, number: int, tokens: Any, weights: Any, sequence_l
     )
 
 
+@callback("mxt_packed_window_fn")
+def on_packed_window(
+    user_data: Any, number: int, tokens: Any, weights: Any, documents: Any, sequence_length: int
+) -> int:
+    return guarded(
+        owned(user_data, stop),
+        number,
+        view(tokens, np.uint32, (sequence_length + 1,)),
+        view(weights, np.float32, (sequence_length,)),
+        view(documents, np.uint32, (sequence_length,)),
+    )
+
+
 @callback("mxt_log_fn", error=None)
 def on_log(user_data: Any, level: int, line: Any) -> None:
     guarded(owned(user_data, stop), LOG_LEVELS[min(level, 3)], text_of(line))

@@ -208,6 +208,12 @@ typedef int32_t (*mxt_window_fn)(void *user_data,
                                  uint32_t *tokens,
                                  float *weights,
                                  size_t sequence_length);
+typedef int32_t (*mxt_packed_window_fn)(void *user_data,
+                                        uint64_t number,
+                                        uint32_t *tokens,
+                                        float *weights,
+                                        uint32_t *documents,
+                                        size_t sequence_length);
 typedef struct mxt_coverage {
   size_t struct_size;
   uint64_t windows;
@@ -240,6 +246,8 @@ typedef struct mxt_trainer_options {
   const char *token_drop;
   size_t lanes;
   const char *frozen;
+  int32_t has_document_end;
+  uint32_t document_end;
 } mxt_trainer_options;
 typedef struct mxt_step_stats {
   size_t struct_size;
@@ -297,6 +305,7 @@ typedef struct mxt_batch {
   float *losses;
   mxt_loss_fn loss;
   void *user_data;
+  const uint32_t *documents;
 } mxt_batch;
 typedef struct mxt_tensor_update {
   size_t struct_size;
@@ -486,6 +495,11 @@ mxt_status mxt_dataset_from_windows(uint64_t count,
                                     void *user_data,
                                     mxt_user_data_free_fn user_data_free,
                                     struct mxt_dataset **dataset);
+mxt_status mxt_dataset_from_packed_windows(uint64_t count,
+                                           mxt_packed_window_fn fill,
+                                           void *user_data,
+                                           mxt_user_data_free_fn user_data_free,
+                                           struct mxt_dataset **dataset);
 uint64_t mxt_dataset_token_count(const struct mxt_dataset *dataset);
 mxt_status mxt_dataset_max_token(const struct mxt_dataset *dataset, uint32_t *token);
 mxt_status mxt_dataset_coverage(const struct mxt_dataset *dataset,

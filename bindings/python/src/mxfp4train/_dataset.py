@@ -18,6 +18,7 @@ from ._stats import Coverage
 TOKEN_TYPES = ("auto", "u16", "u32", "i64", "u8", "i32")
 
 Fill = Callable[[int, np.ndarray, np.ndarray], Any]
+PackedFill = Callable[[int, np.ndarray, np.ndarray, np.ndarray], Any]
 
 # Tokens that one call reads for a loop.
 CHUNK = 1 << 14
@@ -100,6 +101,25 @@ class Dataset(Handle):
         Training asks for all of them once in an epoch, in an order that the engine's seed gives. Of
         such a dataset no tokens can be read.
         """
+        return cls._filled(lib.mxt_dataset_from_windows, count, fill, callbacks.on_window)
+
+    @classmethod
+    def from_packed_windows(cls, count: int, fill: PackedFill) -> Dataset:
+        """`from_windows` of windows that are packed with documents, which are kept apart.
+
+        `fill(number, tokens, weights, documents)` fills one array more: (sequence_length) uint32, the
+        number of the document that each input is of, which is 0 before. Where it changes along the
+        window another document begins: attention looks at no document but a token's own, and
+        positions are counted from where it begins, so that each has the logits that it has alone. A
+        window of one number is cut at the trainer's `document_end`, where there is one. The last
+        input of a document has the first of the next as its target: its weight is to be 0 where that
+        is not to be learned.
+        """
+        new = lib.mxt_dataset_from_packed_windows
+        return cls._filled(new, count, fill, callbacks.on_packed_window)
+
+    @classmethod
+    def _filled(cls, new: Any, count: int, fill: Callable[..., Any], callback: Any) -> Dataset:
         if not callable(fill):
             raise TypeError(f"fill: expected a function, got {fill!r}")
         number = whole("count", count, "uint64_t")
@@ -108,8 +128,7 @@ class Dataset(Handle):
         dataset._lent = (filler,)
         kept = filler.pointer()
         with callbacks.lending(kept):
-            new, free = lib.mxt_dataset_from_windows, callbacks.on_free
-            dataset._own(make("dataset", new, number, callbacks.on_window, kept, free))
+            dataset._own(make("dataset", new, number, callback, kept, callbacks.on_free))
         return dataset
 
     def __len__(self) -> int:

@@ -141,6 +141,7 @@ class TrainerOptions(NamedTuple):
     token_drop: Optional[str]
     lanes: int
     frozen: Optional[str]
+    document_end: Optional[int]
 
 
 class Coverage(NamedTuple):

@@ -70,6 +70,7 @@ def options_struct(
     token_drop: str | None = None,
     lanes: int | None = None,
     frozen: str | None = None,
+    document_end: int | None = None,
 ) -> Any:
     given = {
         "batch_size": batch_size,
@@ -92,6 +93,8 @@ def options_struct(
         "token_drop": text("token_drop", token_drop),
         "lanes": lanes,
         "frozen": text("frozen", frozen),
+        "has_document_end": None if document_end is None else 1,
+        "document_end": document_end,
     }
     return options("mxt_trainer_options", given, keep)
 
@@ -112,7 +115,9 @@ class Trainer(Handle):
     "nothing" (default), "pointwise" or "block". `token_drop`, such as "start=128,steps=60%", is how
     many tokens the blocks in the middle see in training. `lanes` are the parts of a step that ranks
     of a group share. `frozen` are the tensors that stay as they are, by patterns of their names with
-    commas between them: "transformer.w*,*.ln_?.*".
+    commas between them: "transformer.w*,*.ln_?.*". `document_end` is the token that ends a document,
+    such as 50256 of GPT-2: attention then looks at no document but a token's own, and positions are
+    counted from where it begins, in all batches and windows that come without `documents`.
 
     Options that are None have the library's defaults. The model stays the caller's.
 
@@ -146,6 +151,7 @@ class Trainer(Handle):
         token_drop: str | None = None,
         lanes: int | None = None,
         frozen: str | None = None,
+        document_end: int | None = None,
     ) -> None:
         keep: list[Any] = []
         how = options_struct(
@@ -170,6 +176,7 @@ class Trainer(Handle):
             token_drop=token_drop,
             lanes=lanes,
             frozen=frozen,
+            document_end=document_end,
         )
         self._set(make("trainer", lib.mxt_trainer_new, model, how), model)
 
@@ -283,6 +290,7 @@ class Trainer(Handle):
         divisor: float | None = None,
         loss: Loss | None = None,
         losses: Any = None,
+        documents: Any = None,
     ) -> None:
         """Adds the gradients of a batch to those since the last `update`, which makes a step.
 
@@ -299,6 +307,10 @@ class Trainer(Handle):
           a step are together above 0, and from 1e-20 to 1e20 for a position.
         - `losses` is a float32 array that gets the loss of each position, without its weight; 0
           where the target is ignored.
+        - `documents` are the number of the document that each token is of. Where it changes along a
+          row another document begins: attention looks at no document but a token's own, and
+          positions are counted from where it begins, so that each has the logits that it has alone.
+          None takes `document_end` of the trainer or, without it, each row as one document.
         - `loss(logits, first_row)` replaces cross-entropy. It gets the logits of some positions as
           a float32 array (rows, vocab_size) and the number of the first, counted through the batch,
           row by row; all come once, in order. It overwrites each row with the gradient of its loss
@@ -329,7 +341,7 @@ class Trainer(Handle):
         wait then. While batches wait, `step` and `run` are errors; evaluating and saving go on.
         """
         keep: list[Any] = []
-        batch = self._batch(keep, tokens, targets, weights, divisor, loss, losses)
+        batch = self._batch(keep, tokens, targets, weights, divisor, loss, losses, documents)
         call(lib.mxt_trainer_forward_backward, self, batch)
 
     def forward(
@@ -340,6 +352,7 @@ class Trainer(Handle):
         divisor: float | None = None,
         loss: Loss | None = None,
         losses: Any = None,
+        documents: Any = None,
     ) -> EvalStats:
         """The loss of a batch, which is that of `forward_backward`, without gradients.
 
@@ -351,7 +364,7 @@ class Trainer(Handle):
         (a weight), Busy.
         """
         keep: list[Any] = []
-        batch = self._batch(keep, tokens, targets, weights, divisor, loss, losses)
+        batch = self._batch(keep, tokens, targets, weights, divisor, loss, losses, documents)
         stats = sized("mxt_eval_stats")
         call(lib.mxt_trainer_forward, self, batch, stats)
         return tuple_of(EvalStats, stats)
@@ -365,6 +378,7 @@ class Trainer(Handle):
         divisor: float | None,
         loss: Loss | None,
         losses: Any,
+        documents: Any,
     ) -> Any:
         """C's struct of a batch, for which `keep` is kept."""
         if divisor is not None and number("divisor", divisor) == 0:
@@ -380,6 +394,8 @@ class Trainer(Handle):
             )
         if weights is not None:
             given["weights"], _ = arrays.floats("weights", weights, self._place, self._rows)
+        if documents is not None:
+            given["documents"], _ = arrays.tokens("documents", documents, self._place, self._rows)
         if losses is not None:
             given["losses"], _ = arrays.room("losses", losses, self._place, self._rows)
         if loss is not None:
@@ -523,7 +539,9 @@ class Trainer(Handle):
             return status
 
         call(read, self)
-        return tuple_of(TrainerOptions, how, schedule=SCHEDULES[how.schedule], **texts)
+        end = how.document_end if how.has_document_end else None
+        schedule = SCHEDULES[how.schedule]
+        return tuple_of(TrainerOptions, how, schedule=schedule, document_end=end, **texts)
 
     def set_lr(self, lr: float) -> None:
         """Takes `lr` as the learning rate from the next step on, in place of the schedule's."""

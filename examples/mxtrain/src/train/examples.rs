@@ -1,12 +1,15 @@
 //! Examples to learn answers from: JSON lines with a prompt and an answer each.
 //!
 //! An example is a window of its own: the prompt, the answer, the token that ends a text, and padding.
+//! Or several share a window, one behind the other, as documents that do not see each other.
 //! Only the answer and its end are learned. Prompts are encoded by themselves, as `mxtrain generate`
 //! encodes them, so that the tokens that a model has learned to answer are those that it is asked with.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use indicatif::HumanCount;
 use mxfp4train::Dataset;
@@ -104,29 +107,67 @@ impl Examples {
         self.all.iter().map(|example| example.end - example.first).collect()
     }
 
-    /// Writes an example to a window: of one that is longer, without the beginning of its prompt, or
-    /// where that is not enough without the end of its answer.
-    fn fill(&self, number: usize, tokens: &mut [u32], weights: &mut [f32]) {
-        let Example { first, answer, end } = self.all[number];
-        // Something has to be there that the answer follows.
-        let excess = (end - first).saturating_sub(tokens.len());
-        let first = first + excess.min(answer - first - 1);
-        let example = self.tokens[first..end].iter().map(|token| u32::from(*token));
-        let padded = example.chain(std::iter::repeat(self.end.into()));
-        tokens.iter_mut().zip(padded).for_each(|(to, token)| *to = token);
-        let learned = answer - first..end - first;
-        for (target, weight) in (1..).zip(weights) {
-            *weight = if learned.contains(&target) { 1.0 } else { 0.0 };
+    /// Writes examples to a window, one behind the other, and padding: of one that is longer, without
+    /// the beginning of its prompt, or where that is not enough without the end of its answer. Each is
+    /// a document, and so is the padding.
+    fn fill(
+        &self,
+        numbers: Range<usize>,
+        tokens: &mut [u32],
+        weights: &mut [f32],
+        documents: &mut [u32],
+    ) {
+        tokens.fill(self.end.into());
+        weights.fill(0.0);
+        documents.fill(numbers.end as u32);
+        let mut place = 0;
+        for number in numbers {
+            let Example { first, answer, end } = self.all[number];
+            let room = tokens.len() - place;
+            // Something has to be there that the answer follows.
+            let excess = (end - first).saturating_sub(room);
+            let first = first + excess.min(answer - first - 1);
+            let taken = (end - first).min(room);
+            let (to, of_example) = (&mut tokens[place..], &self.tokens[first..]);
+            to.iter_mut().zip(&of_example[..taken]).for_each(|(to, token)| *to = (*token).into());
+            // The weight of a target stands with the token before it.
+            let learned = place + answer - first - 1..place + taken - 1;
+            weights[learned].fill(1.0);
+            let last = (place + taken).min(documents.len());
+            documents[place..last].fill(number as u32);
+            place += taken;
         }
     }
 
-    /// The windows of a run.
-    pub(crate) fn dataset(self) -> Outcome<Dataset> {
-        let count = self.all.len() as u64;
+    /// The windows of a run, with an example each.
+    pub(crate) fn dataset(self: &Arc<Self>) -> Outcome<Dataset> {
+        let (count, all) = (self.all.len() as u64, self.clone());
         Ok(Dataset::from_windows(count, move |number, tokens, weights| {
-            self.fill(number as usize, tokens, weights);
+            let number = number as usize;
+            all.fill(number..number + 1, tokens, weights, &mut []);
             Ok(())
         })?)
+    }
+
+    /// The windows of a run with as many examples each, in their order, as a sequence of this length
+    /// and the last target hold; and how many there are.
+    pub(crate) fn packed(self: &Arc<Self>, sequence_length: usize) -> Outcome<(Dataset, u64)> {
+        let (window, mut firsts, mut left) = (sequence_length + 1, Vec::new(), 0);
+        for (number, length) in self.lengths().into_iter().enumerate() {
+            if number == 0 || length > left {
+                firsts.push(number);
+                left = window;
+            }
+            left = left.saturating_sub(length);
+        }
+        firsts.push(self.all.len());
+        let (count, all) = (firsts.len() as u64 - 1, self.clone());
+        let fill = move |number: u64, tokens: &mut [u32], weights: &mut [f32], of: &mut [u32]| {
+            let number = number as usize;
+            all.fill(firsts[number]..firsts[number + 1], tokens, weights, of);
+            Ok(())
+        };
+        Ok((Dataset::from_packed_windows(count, fill)?, count))
     }
 }
 
@@ -197,7 +238,7 @@ mod tests {
 
     fn window(examples: &Examples, number: usize, length: usize) -> (String, Vec<f32>) {
         let (mut tokens, mut weights) = (vec![0; length + 1], vec![1.0; length]);
-        examples.fill(number, &mut tokens, &mut weights);
+        examples.fill(number..number + 1, &mut tokens, &mut weights, &mut []);
         (tokens.iter().map(|token| char::from(*token as u8)).collect(), weights)
     }
 
@@ -218,6 +259,32 @@ mod tests {
         assert_eq!(window(&examples, 1, 4), ("9=16\n".to_owned(), vec![0.0, 1.0, 1.0, 1.0]));
         assert_eq!(window(&examples, 1, 1), ("=1".to_owned(), vec![1.0]));
         assert_eq!(examples.lengths(), [6, 7]);
+    }
+
+    #[test]
+    fn examples_share_windows_as_documents() {
+        let row = |prompt: &str| format!("{{\"prompt\": \"{prompt}\", \"answer\": \"5\"}}\n");
+        // 4, 5, 4, 9 and 4 tokens each.
+        let text: String = ["a", "bc", "d", "efghij", "k"].into_iter().map(row).collect();
+        let examples = Arc::new(read(&text).unwrap());
+        let window = |numbers, length| {
+            let (mut tokens, mut weights) = (vec![0; length + 1], vec![1.0; length]);
+            let mut documents = vec![9; length];
+            examples.fill(numbers, &mut tokens, &mut weights, &mut documents);
+            let text: String = tokens.iter().map(|token| char::from(*token as u8)).collect();
+            let learned: Vec<_> = (0..length).filter(|i| weights[*i] > 0.0).collect();
+            (text, learned, documents)
+        };
+        let of_two = window(0..2, 10);
+        assert_eq!(of_two.0, "a=5\nbc=5\n\n\n");
+        assert_eq!(of_two.1, [1, 2, 6, 7]);
+        assert_eq!(of_two.2, [0, 0, 0, 0, 1, 1, 1, 1, 1, 2]);
+        // The last token of the last is only predicted.
+        assert_eq!(window(2..3, 3), ("d=5\n".to_owned(), vec![1, 2], vec![2; 3]));
+        assert_eq!(window(3..4, 5), ("hij=5\n".to_owned(), vec![3, 4], vec![3; 5]));
+        for (length, windows) in [(3, 5), (7, 5), (8, 3), (12, 3), (25, 1), (100, 1)] {
+            assert_eq!(examples.packed(length).unwrap().1, windows, "{length}");
+        }
     }
 
     #[test]

@@ -129,8 +129,10 @@ fn follow_with(
     // Without a log: rank 0 says what there is to say.
     let engine =
         Engine::new(EngineOptions { device, threads, seed, group, ..EngineOptions::default() })?;
-    let data = Data::of_run(args)?;
-    let mut trainer = Start::new(args, parsed, &data, &engine)?.trainer(&engine)?;
+    let mut data = Data::of_run(args)?;
+    let start = Start::new(args, parsed, &data, &engine)?;
+    data.pack(start.sequence_length())?;
+    let mut trainer = start.trainer(&engine)?;
     trainer.set_sharpness(args.report.sharpness.sharpness)?;
     let batches = args.report.measure.eval_batches;
     follower.follow(&mut trainer, &data.train, (data.val.as_ref(), batches));
@@ -198,7 +200,7 @@ impl Run {
         signals: &Signals,
         leader: &mut Option<Leader>,
     ) -> Outcome<Self> {
-        let data = Data::of_run(args)?;
+        let mut data = Data::of_run(args)?;
         if args.report.sample_every > 0 && data.tokenizer.is_none() {
             return Err(Failure::usage(
                 "--sample-every: needs --tokenizer to turn tokens into text",
@@ -241,6 +243,7 @@ impl Run {
         if steps == 0 {
             return Err(Failure::usage("--steps: expected at least 1, got 0"));
         }
+        data.pack(start.sequence_length())?;
         data.check(start.config().vocab_size, start.sequence_length())?;
         let origin =
             [&args.start.resume, &args.start.init_from].into_iter().find_map(Option::as_deref);
@@ -550,7 +553,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
     let step_tokens = (options.batch_size * options.accumulation * sequence) as u64;
     let run_tokens = steps.saturating_mul(step_tokens);
     let passes = match &data.examples {
-        Some(of) => (run_tokens / sequence as u64) as f64 / of.train.examples as f64,
+        Some(of) => (run_tokens / sequence as u64) as f64 / of.windows as f64,
         None => run_tokens as f64 / data.train.token_count().max(1) as f64,
     };
     let tokenizer = data.tokenizer.map_or_else(String::new, |t| format!(", tokenizer {t}"));
@@ -569,6 +572,10 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         .lora
         .as_ref()
         .map_or_else(String::new, |lora| format!("            with {}\n", adapters_in_words(lora)));
+    let apart = match options.document_end {
+        None => String::new(),
+        Some(end) => format!(", documents apart that end with token {end}"),
+    };
     let notes: String = data
         .notes(sequence, config.context_length)
         .iter()
@@ -578,7 +585,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         "machine     {about}\n\
          data        {}: {}{tokenizer}, vocabulary {}\n{notes}\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n{adapters}\
-         step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}{drop}{frozen}\n\
+         step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}{drop}{frozen}{apart}\n\
          run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
         console::plain(&data.name),
         data.in_words(),

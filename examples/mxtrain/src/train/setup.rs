@@ -6,6 +6,7 @@ use std::env;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use indicatif::HumanCount;
 use mxfp4train::{
@@ -49,6 +50,12 @@ pub(crate) struct Data {
 pub(crate) struct OfExamples {
     pub(crate) train: Size,
     val: Option<Size>,
+    /// Themselves, for training and for validation.
+    all: (Arc<Examples>, Option<Arc<Examples>>),
+    /// Of training.
+    pub(crate) windows: u64,
+    /// Whether several share a window.
+    are_packed: bool,
     /// Tokens of each, for training and for validation.
     lengths: [Vec<usize>; 2],
 }
@@ -89,16 +96,20 @@ impl Data {
             }
         };
         let read = |path: &Path| Examples::read(path, &args.data.examples, tokenizer);
-        let train = read(path)?;
-        let val = args.data.examples.val_examples.as_deref().map(read).transpose()?;
+        let train = Arc::new(read(path)?);
+        let val = args.data.examples.val_examples.as_deref().map(read).transpose()?.map(Arc::new);
+        let lengths = |of: &Arc<Examples>| of.lengths();
         let examples = OfExamples {
             train: train.size(),
-            val: val.as_ref().map(Examples::size),
-            lengths: [train.lengths(), val.as_ref().map_or_else(Vec::new, Examples::lengths)],
+            val: val.as_ref().map(|val| val.size()),
+            lengths: [train.lengths(), val.as_ref().map_or_else(Vec::new, lengths)],
+            all: (train.clone(), val.clone()),
+            windows: train.size().examples,
+            are_packed: args.document_mask,
         };
         Ok(Self {
             train: train.dataset()?,
-            val: val.map(Examples::dataset).transpose()?,
+            val: val.as_ref().map(Examples::dataset).transpose()?,
             name: path.display().to_string(),
             tokenizer: Some(tokenizer),
             vocab_size: Some(tokenizer.vocab_size()),
@@ -106,17 +117,48 @@ impl Data {
         })
     }
 
+    /// Packs examples that are to share windows into such of this length.
+    pub(crate) fn pack(&mut self, sequence_length: usize) -> Outcome {
+        let Some(of) = self.examples.as_mut().filter(|of| of.are_packed) else { return Ok(()) };
+        let (train, val) = &of.all;
+        (self.train, of.windows) = train.packed(sequence_length)?;
+        self.val = val.as_ref().map(|val| val.packed(sequence_length)).transpose()?.map(|of| of.0);
+        Ok(())
+    }
+
+    /// The token that ends a document, where a run keeps such apart that are no examples.
+    fn document_end(&self, args: &TrainArgs) -> Outcome<Option<u32>> {
+        if !args.document_mask || self.examples.is_some() {
+            return Ok(None);
+        }
+        match self.tokenizer.map(Tokenizer::separator) {
+            Some(Some(end)) => Ok(Some(end.into())),
+            Some(None) => Err(Failure::usage(
+                "--document-mask: no token of --tokenizer bytes ends a document; prepare the data with \
+                 --tokenizer gpt2, or leave the option out",
+            )),
+            None => Err(Failure::usage(
+                "--document-mask: nothing says which token ends a document; name the tokenizer of the \
+                 data with --tokenizer gpt2, or leave the option out",
+            )),
+        }
+    }
+
     /// How much there is, in words.
     pub(crate) fn in_words(&self) -> String {
-        let Some(OfExamples { train, val, .. }) = &self.examples else {
+        let Some(OfExamples { train, val, windows, are_packed, .. }) = &self.examples else {
             return format!(
                 "{} tokens, {} for validation",
                 HumanCount(self.train.token_count()),
                 HumanCount(self.val.as_ref().map_or(0, Dataset::token_count))
             );
         };
+        let packed = match are_packed {
+            true => format!(" and packed into {} sequences", HumanCount(*windows)),
+            false => String::new(),
+        };
         format!(
-            "{} examples of {} tokens, of which {} are learned, {} examples for validation",
+            "{} examples of {} tokens, of which {} are learned{packed}, {} examples for validation",
             HumanCount(train.examples),
             HumanCount(train.tokens),
             HumanCount(train.learned),
@@ -132,9 +174,11 @@ impl Data {
         }
     }
 
-    /// The shortest sequence that holds every example, or as much as a model can see.
+    /// The shortest sequence that holds every example, or as much as a model can see, which packed
+    /// ones take.
     fn sequence_length(&self, context: usize) -> Option<usize> {
-        let longest = self.examples.as_ref()?.lengths.iter().flatten().max()?;
+        let OfExamples { lengths, are_packed, .. } = self.examples.as_ref()?;
+        let longest = lengths.iter().flatten().max().filter(|_| !are_packed)?;
         // The last token of a window is only predicted.
         Some((longest - 1).next_multiple_of(16).min(context))
     }
@@ -445,6 +489,7 @@ impl Start {
                     options.sequence_length =
                         data.sequence_length(config.context_length).unwrap_or(0);
                 }
+                options.document_end = data.document_end(args)?;
                 Self::New(config, options)
             }
             (None, Some(dir)) => {
@@ -471,6 +516,7 @@ impl Start {
                     let of_data = data.sequence_length(model.config().context_length);
                     options.sequence_length = of_data.unwrap_or(0);
                 }
+                options.document_end = data.document_end(args)?;
                 require_shape(args, parsed, model.config(), "--init-from")?;
                 Self::Weights(model, options)
             }
@@ -481,6 +527,17 @@ impl Start {
                 };
                 require_shape(args, parsed, trainer.model().config(), "--resume")?;
                 require_settings(args, parsed, trainer.options())?;
+                let kept = trainer.options().document_end.is_some();
+                if parsed.given("document-mask")
+                    && data.examples.is_none()
+                    && args.document_mask != kept
+                {
+                    return Err(Failure::usage(format!(
+                        "--document-mask: a resumed run keeps what it was started with, which is {}; \
+                         leave the option out, or start a new run with --init-from",
+                        if kept { "documents apart" } else { "whole sequences" }
+                    )));
+                }
                 let (done, steps) = (trainer.steps_done(), args.optimizer.steps);
                 if steps <= done {
                     return Err(Failure::usage(format!(
@@ -733,6 +790,9 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
         keep("prompt-field", Some(text(prompt_field)));
         keep("answer-field", Some(text(answer_field)));
         keep("between", Some(text(between)));
+    }
+    if examples.is_some() && args.document_mask {
+        keep("document-mask", Some(text(true)));
     }
     // Of examples the checkpoint may say it, which they are read by.
     let of_data = || data.tokenizer.filter(|_| examples.is_some());

@@ -33,7 +33,7 @@ use super::gemm::{Matrix, PANEL, TILE_COLS};
 use super::isa::Isa;
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu};
-use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision, Sequences};
+use crate::backend::{Attend, AttentionBackward, AttentionShape, Documents, Precision, Sequences};
 use rows::{QuerySums, dot, gradient_panel, softmax_panel};
 
 /// Queries of one block: the columns of a tile.
@@ -67,22 +67,25 @@ impl Attend for Cpu {
         out: &mut Buffer<f32>,
         lse: &mut Buffer<f32>,
         qkv: &Buffer<f32>,
+        documents: Option<Documents<'_, Self>>,
         shape: AttentionShape,
     ) {
         let (AttentionShape { sequences, heads, .. }, isa) = (shape, self.isa());
-        let (rows, t) = (sequences.rows(), sequences.length);
+        let rows = sequences.rows();
         let holds =
             out.len() >= rows * shape.channels() && qkv.len() >= rows * shape.qkv_channels();
         assert!(holds, "tensors hold the sequences");
         let (out, lse) = (DisjointSlice::new(out), DisjointSlice::new(lse));
         for_each_job(self, workspace, sequences.batch * heads, |scratch, job| {
             let head = Head { shape, batch: job / heads, head: job % heads };
-            let [q, k, v] = head.qkv(qkv);
-            // SAFETY: a job owns the lse of its head.
-            let lse = unsafe { lse.part(head.lse(), t) };
-            let (scale, out) = (head.scale(), head.out(&out));
-            let head = HeadForward { q, k, v, scale, out, lse };
-            forward_head(isa, shape.precision, scratch, head);
+            for of in pieces(documents, sequences, head.batch) {
+                let [q, k, v] = head.qkv(qkv).map(|rows| rows.part(&of));
+                // SAFETY: a job owns the lse of its head.
+                let lse = unsafe { lse.part(head.lse() + of.start, of.len()) };
+                let (scale, out) = (head.scale(), head.out(&out).skip(of.start));
+                let head = HeadForward { q, k, v, scale, out, lse };
+                forward_head(isa, shape.precision, scratch, head);
+            }
         });
     }
 
@@ -92,23 +95,25 @@ impl Attend for Cpu {
         operands: AttentionBackward<'_, Self>,
         shape: AttentionShape,
     ) {
-        let AttentionBackward { dqkv, dout, out, lse, qkv } = operands;
+        let AttentionBackward { dqkv, dout, out, lse, qkv, documents } = operands;
         let (AttentionShape { sequences, kv_heads, .. }, isa) = (shape, self.isa());
         let elements = sequences.rows() * shape.qkv_channels();
         let holds = [dqkv.len(), qkv.len()].iter().all(|len| *len >= elements);
         assert!(holds && out.len() >= sequences.rows() * shape.channels());
-        let (t, together, dqkv) =
-            (sequences.length, shape.heads_per_kv_head(), DisjointSlice::new(dqkv));
+        let (together, dqkv) = (shape.heads_per_kv_head(), DisjointSlice::new(dqkv));
         for_each_job(self, workspace, sequences.batch * kv_heads, |scratch, job| {
-            let first = job % kv_heads * together;
+            let (batch, first) = (job / kv_heads, job % kv_heads * together);
             for head in first..first + together {
-                let at = Head { shape, batch: job / kv_heads, head };
-                let ([q, k, v], [dq, dk, dv]) = (at.qkv(qkv), at.dqkv(&dqkv));
-                let [out, dout] = [out, dout].map(|tensor| at.of_out(tensor));
-                let (scale, lse) = (at.scale(), &lse[at.lse()..][..t]);
-                let adds = head > first;
-                let head = HeadBackward { q, k, v, scale, out, dout, lse, dq, dk, dv, adds };
-                backward_head(isa, shape.precision, scratch, head);
+                let at = Head { shape, batch, head };
+                for of in pieces(documents, sequences, batch) {
+                    let [q, k, v] = at.qkv(qkv).map(|rows| rows.part(&of));
+                    let [dq, dk, dv] = at.dqkv(&dqkv).map(|rows| rows.skip(of.start));
+                    let [out, dout] = [out, dout].map(|tensor| at.of_out(tensor).part(&of));
+                    let (scale, lse) = (at.scale(), &lse[at.lse()..][of]);
+                    let adds = head > first;
+                    let head = HeadBackward { q, k, v, scale, out, dout, lse, dq, dk, dv, adds };
+                    backward_head(isa, shape.precision, scratch, head);
+                }
             }
         });
     }
@@ -134,6 +139,31 @@ fn backward_head(isa: Isa, precision: Precision, scratch: &mut [f32], head: Head
         return panels::backward_head(isa, scratch, head);
     }
     f32::backward_head(isa, scratch, head);
+}
+
+/// The documents of a sequence, as ranges of its positions; without any it is one.
+///
+/// What they are is given as words on the device, so a range is believed only as far as it goes on and
+/// ends within the sequence.
+pub(super) fn pieces(
+    documents: Option<&Buffer<u8>>,
+    sequences: Sequences,
+    sequence: usize,
+) -> impl Iterator<Item = Range<usize>> {
+    let (rows, length) = (sequences.rows(), sequences.length);
+    let ends = documents.map(|bounds| {
+        let ends: &[u32] = &bytemuck::cast_slice(bounds)[rows..];
+        &ends[sequence * length..][..length]
+    });
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let start = next;
+        next = match ends {
+            None => length,
+            Some(ends) => (*ends.get(start)? as usize).clamp(start + 1, length),
+        };
+        (start < length).then_some(start..next)
+    })
 }
 
 /// The operands of one head's forward pass; `out` and `lse` (T) are written.
@@ -299,6 +329,11 @@ struct HeadRows<'a> {
 impl<'a> HeadRows<'a> {
     fn row(self, row: usize) -> &'a [f32] {
         &self.data[row * self.stride..][..self.head_size]
+    }
+
+    /// Some of them, in a row.
+    fn part(self, rows: &Range<usize>) -> Self {
+        Self { data: &self.data[rows.start * self.stride..], length: rows.len(), ..self }
     }
 
     /// As vectors along d, one a position.

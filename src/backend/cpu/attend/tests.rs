@@ -33,12 +33,24 @@ fn workspace(cpu: &Cpu, shape: AttentionShape) -> Workspace {
 
 /// out, lse and dqkv.
 fn attention(cpu: &Cpu, shape: AttentionShape, qkv: &Buffer<f32>, seed: u64) -> [Buffer<f32>; 3] {
+    let dout = normal(cpu, shape.sequences.rows() * shape.channels(), seed);
+    attention_of(cpu, shape, (qkv, &dout), None)
+}
+
+/// The same of some `documents`.
+fn attention_of(
+    cpu: &Cpu,
+    shape: AttentionShape,
+    (qkv, dout): (&Buffer<f32>, &Buffer<f32>),
+    documents: Option<&Buffer<u8>>,
+) -> [Buffer<f32>; 3] {
     let (rows, mut memory) = (shape.sequences.rows(), workspace(cpu, shape));
-    let dout = normal(cpu, rows * shape.channels(), seed);
     let (mut out, mut lse) = (poison(cpu, dout.len()), poison(cpu, rows * shape.heads));
-    cpu.attention_forward(&mut memory, &mut out, &mut lse, qkv, shape);
+    cpu.attention_forward(&mut memory, &mut out, &mut lse, qkv, documents, shape);
     let mut dqkv = poison(cpu, qkv.len());
-    let operands = AttentionBackward { dqkv: &mut dqkv, dout: &dout, out: &out, lse: &lse, qkv };
+    let (out_of, lse_of) = (&out, &lse);
+    let operands =
+        AttentionBackward { dqkv: &mut dqkv, dout, out: out_of, lse: lse_of, qkv, documents };
     Attend::attention_backward(cpu, &mut memory, operands, shape);
     [out, lse, dqkv]
 }
@@ -116,6 +128,71 @@ fn grouped_queries_have_one_result() {
         }
         let theirs = attention(&one, copied, &copies, 4);
         assert_eq!([&ours[0][..], &ours[1][..]], [&theirs[0][..], &theirs[1][..]]);
+    });
+}
+
+/// Where documents of these lengths, one sequence after the other, begin and end.
+fn documents(cpu: &Cpu, shape: AttentionShape, lengths: &[usize]) -> Buffer<u8> {
+    let Sequences { length: t, .. } = shape.sequences;
+    let (mut starts, mut ends) = (Vec::new(), Vec::new());
+    for length in lengths {
+        let start = starts.len() % t;
+        starts.resize(starts.len() + length, start as u32);
+        ends.resize(starts.len(), (start + length) as u32);
+    }
+    let words = [starts, ends].concat();
+    let mut bytes = cpu.bytes(&mut cpu.arena(Some(4 * words.len() + 64)).unwrap(), 4 * words.len());
+    bytes.copy_from_slice(bytemuck::cast_slice(&words));
+    bytes
+}
+
+/// To the bit, both passes, on every instruction set: numbers of other documents are nowhere in it,
+/// be they NaN.
+#[test]
+fn a_document_is_as_if_it_were_alone() {
+    each(|isa, shape| {
+        let cpu = Cpu::with_isa(2, isa).unwrap();
+        let (Sequences { batch, length: t }, mut lengths) = (shape.sequences, Vec::new());
+        for sequence in 0..batch {
+            let mut left = t;
+            while left > 0 {
+                let next = [1, 17, 48, 3, 70][(lengths.len() + sequence) % 5].min(left);
+                lengths.push(next);
+                left -= next;
+            }
+        }
+        let rows = shape.sequences.rows();
+        let mut qkv = normal(&cpu, rows * shape.qkv_channels(), 7);
+        let dout = normal(&cpu, rows * shape.channels(), 8);
+        let bounds = documents(&cpu, shape, &lengths);
+        let taken = |from: &Buffer<f32>, first: usize, len: usize| {
+            let mut part = normal(&cpu, len, 0);
+            part.copy_from_slice(&from[first..][..len]);
+            part
+        };
+        let mut first = 0;
+        for length in lengths {
+            let (wide, narrow) = (shape.qkv_channels(), shape.channels());
+            let of = AttentionShape { sequences: Sequences { batch: 1, length }, ..shape };
+            let alone = [
+                taken(&qkv, first * wide, length * wide),
+                taken(&dout, first * narrow, length * narrow),
+            ];
+            let alone = attention_of(&cpu, of, (&alone[0], &alone[1]), None);
+            let others = taken(&qkv, 0, qkv.len());
+            qkv.fill(f32::NAN);
+            let of_document = first * wide..(first + length) * wide;
+            qkv[of_document.clone()].copy_from_slice(&others[of_document.clone()]);
+            let ours = attention_of(&cpu, shape, (&qkv, &dout), Some(&bounds));
+            qkv.copy_from_slice(&others);
+            assert_eq!(ours[0][first * narrow..][..length * narrow], alone[0][..], "{isa:?}");
+            assert_eq!(ours[2][of_document], alone[2][..], "{isa:?}");
+            for head in 0..shape.heads {
+                let at = (first / t * shape.heads + head) * t + first % t;
+                assert_eq!(ours[1][at..][..length], alone[1][head * length..][..length]);
+            }
+            first += length;
+        }
     });
 }
 

@@ -108,6 +108,7 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
                 let plan = StepPlan {
                     accumulate: false,
                     weighted: false,
+                    documents: false,
                     precision: Precision::Bf16,
                     layers: vec![[recipe; 4]],
                     kept: None,
