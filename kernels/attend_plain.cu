@@ -25,7 +25,7 @@ __device__ __forceinline__ float dot(const float *a, const T *b, u32 n) {
 template <class T, class S = Heads>
 __global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, S s) {
   begin();
-  extern __shared__ float rows[];
+  float *rows = (float *)shared;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
   u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
   if (query >= s.length) return;
@@ -34,7 +34,7 @@ __global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, S
   for (u32 i = lane; i < d; i += WARP) q[i] = to_f32(base[(size_t)query * 3 * c + i]) * scale;
   __syncwarp();
   float most = -__int_as_float(0x7f800000), sum = 0.0f, acc[MOST_PER_LANE] = {};
-  for (u32 first = s.start(blockIdx.z, query); first <= query; first += WARP) {
+  for (u32 first = S::PACKED ? s.start(blockIdx.z, query) : 0; first <= query; first += WARP) {
     u32 key = first + lane;
     float score = -__int_as_float(0x7f800000);
     if (key <= query) score = dot(q, base + (size_t)key * 3 * c + c, d);
@@ -102,7 +102,7 @@ template <class T, class S = Heads>
 __global__ void attention_dq(T *dqkv, u32 *amax, const T *dout, const float *lse,
                              const float *delta, const T *qkv, S s) {
   begin();
-  extern __shared__ float rows[];
+  float *rows = (float *)shared;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
   u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
   if (query >= s.length) return;
@@ -116,7 +116,7 @@ __global__ void attention_dq(T *dqkv, u32 *amax, const T *dout, const float *lse
   __syncwarp();
   size_t place = ((size_t)blockIdx.z * s.heads + h) * s.length + query;
   float log_sum = lse[place], mean = delta[place], acc[MOST_PER_LANE] = {};
-  for (u32 first = s.start(blockIdx.z, query); first <= query; first += WARP) {
+  for (u32 first = S::PACKED ? s.start(blockIdx.z, query) : 0; first <= query; first += WARP) {
     u32 key = first + lane;
     float ds = 0.0f;
     if (key <= query) {
@@ -143,7 +143,7 @@ template <class T, class S = Heads>
 __global__ void attention_dkdv(T *dqkv, u32 *amax, const T *dout, const float *lse,
                                const float *delta, const T *qkv, S s) {
   begin();
-  extern __shared__ float rows[];
+  float *rows = (float *)shared;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
   u32 key = blockIdx.x * 4 + warp, h = blockIdx.y;
   if (key >= s.length) return;

@@ -195,7 +195,9 @@ fn gradients_are_the_sum_of_what_each_document_gives() {
 
 /// Tokens of windows (rows, T + 1) with documents that end at odd places.
 fn windows(seed: u32, rows: usize) -> Vec<u32> {
-    let token = |i: u32| if (7 * i + seed) % 23 == 0 { END } else { (i * i + seed * (i + 7)) % 59 };
+    let token = |i: u32| {
+        if (7 * i + seed).is_multiple_of(23) { END } else { (i * i + seed * (i + 7)) % 59 }
+    };
     (0..(rows * (T + 1)) as u32).map(token).collect()
 }
 

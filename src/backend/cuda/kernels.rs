@@ -42,7 +42,7 @@ pub(super) static FILES: [File; 34] = [
         of("largest_of_pieces find_limits squares_of_clipped find_scales keep_statistics")
     }),
     file!("optimize_watch", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| of("watch_update")),
-    file!("attend_plain", ["heads.cuh", "attend.cuh"], |_| {
+    file!("attend_plain", ["heads.cuh"], |_| {
         of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T> \
             attention_forward<T,PackedHeads> attention_dq<T,PackedHeads> \
             attention_dkdv<T,PackedHeads>")

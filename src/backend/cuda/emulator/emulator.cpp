@@ -202,6 +202,13 @@ template <class T> static T __shfl_xor_sync(unsigned, T v, unsigned mask) {
   wait_for_warp();
   return bits<T>(all[lane() ^ mask]);
 }
+template <class T> static T __shfl_sync(unsigned, T v, unsigned from) {
+  unsigned *all = exchanged[turn()][warp()];
+  all[lane()] = bits<unsigned>(v);
+  wait_for_warp();
+  return bits<T>(all[from]);
+}
+static void __syncwarp() { wait_for_warp(); }
 static double __shfl_xor_sync(unsigned, double v, unsigned mask) {
   unsigned long long all = bits<unsigned long long>(v);
   unsigned long long low = __shfl_xor_sync(0, (unsigned)all, mask),

@@ -14,6 +14,7 @@
 //! and how fast it is.
 
 mod adamw;
+mod attend;
 mod correct;
 mod decode;
 mod estimate;
