@@ -88,7 +88,7 @@ mod thread;
 mod trainer;
 
 pub use backend::{CudaStream, HostLoss, LogitRows};
-pub use checkpoint::{StoredTensor, StoredWeights};
+pub use checkpoint::{FileRead, FileSave, Files, MemoryFiles, StoredTensor, StoredWeights};
 pub use comm::{Collectives, Group, Transport, Wire};
 pub use data::{
     Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenMemory, TokenType,

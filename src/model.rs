@@ -7,13 +7,13 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, FlatGradients, Memory, Slot, on_device};
 use crate::checkpoint::{
-    self, Checkpoint, FoundConfig, ModelPart, Scratch, StoredTensor, StoredWeights, TensorRead,
+    self, Checkpoint, Files, FoundConfig, ModelPart, Place, Scratch, StoredTensor, StoredWeights,
+    TensorRead,
 };
 use crate::engine::LogLevel;
 use crate::gpt::{ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize};
 use crate::optim::Master;
 use crate::reserve::collect;
-use crate::signals::file_limit_is_an_error;
 use crate::{Engine, Error, Result};
 
 /// What a checkpoint folder has of a model.
@@ -88,6 +88,15 @@ impl Model {
         Self::from_checkpoint(engine, &Checkpoint::open(dir)?)
     }
 
+    /// [`Model::load`] of files that lie elsewhere than in a folder. They are read in pieces and not
+    /// held in memory as a whole.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_from(engine: &Engine, files: &dyn Files) -> Result<Self> {
+        Self::from_checkpoint(engine, &Checkpoint::open_files(files)?)
+    }
+
     /// What a checkpoint folder holds, from its configuration and the headers of its files; weights
     /// are not loaded.
     ///
@@ -99,7 +108,7 @@ impl Model {
         Ok(ModelFiles { config, tensors: checkpoint.stored_tensors()? })
     }
 
-    pub(crate) fn from_checkpoint(engine: &Engine, checkpoint: &Checkpoint) -> Result<Self> {
+    pub(crate) fn from_checkpoint(engine: &Engine, checkpoint: &Checkpoint<'_>) -> Result<Self> {
         let (config, found) = checkpoint.config()?;
         let model = Self::zeroed(engine, &config, Some(found))?;
         on_device!(model.on_device(), on => {
@@ -153,11 +162,24 @@ impl Model {
     /// # Errors
     /// As [`Model::save`], and [`Error::InvalidArgument`] naming a number that is beyond the format.
     pub fn save_as(&self, dir: &Path, weights: StoredWeights) -> Result<()> {
+        self.save_at(Place::Folder(dir), weights)
+    }
+
+    /// [`Model::save_as`] to files that lie elsewhere than in a folder; their bytes are the same.
+    /// While it runs, `files` must not wait for anything that changes the model.
+    ///
+    /// # Errors
+    /// As [`Model::save_as`]; but for an error of [`crate::FileSave::commit`] itself, of which `files`
+    /// knows more, they are then what they were.
+    pub fn save_to(&self, files: &mut dyn Files, weights: StoredWeights) -> Result<()> {
+        self.save_at(Place::Files(files), weights)
+    }
+
+    fn save_at(&self, place: Place<'_>, weights: StoredWeights) -> Result<()> {
         on_device!(self.on_device(), on => {
             let values = on.read()?;
             let model = on.exported(self.tensors(), &values);
-            let part = || ModelPart { stored: weights, ..self.part(&model) };
-            file_limit_is_an_error(|| checkpoint::save(dir, part(), None))
+            checkpoint::save(place, ModelPart { stored: weights, ..self.part(&model) }, None)
         })
     }
 

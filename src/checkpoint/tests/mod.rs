@@ -27,7 +27,7 @@ fn save(
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
     super::save(
-        dir,
+        Place::Folder(dir),
         ModelPart { config, found: None, weights, stored: StoredWeights::F32 },
         trainer,
     )
