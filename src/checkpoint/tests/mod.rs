@@ -7,6 +7,7 @@ mod stored;
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
 
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use tempfile::TempDir;
