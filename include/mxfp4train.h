@@ -493,6 +493,18 @@ typedef struct mxt_group {
 // return MXT_ERROR_BUSY.
 typedef void (*mxt_log_fn)(void *user_data, int32_t level, const char *message);
 
+// Gives `bytes` bytes of memory, at least one, at a multiple of `alignment`, a power of two, with
+// whatever is in them; NULL where there is none, which is MXT_ERROR_OUT_OF_MEMORY of the call that
+// needs them. Nothing else may use them until they are given to mxt_deallocate_fn.
+//
+// Runs on the thread that is inside a call, and on several at once where several threads use the
+// engine. It must not throw, longjmp, or call the library.
+typedef void *(*mxt_allocate_fn)(void *user_data, size_t bytes, size_t alignment);
+
+// Takes back memory, with the size and the alignment that it was asked for with. All else as for
+// mxt_allocate_fn.
+typedef void (*mxt_deallocate_fn)(void *user_data, void *memory, size_t bytes, size_t alignment);
+
 // What an engine is made from. Fill it with mxt_engine_options_init.
 typedef struct mxt_engine_options {
   // Set by mxt_engine_options_init.
@@ -531,7 +543,45 @@ typedef struct mxt_engine_options {
   // The ranks that train together, of which this engine is one; see mxt_group. mxt_engine_new is
   // collective then. Borrowed for the call. NULL (default): it trains alone.
   const struct mxt_group *group;
+  // Gives large memory of the host in place of the system: on the CPU weights, gradients, states,
+  // activations and workspaces, and on every device what snapshots copy. It is asked for some large
+  // blocks by the calls that make models, trainers, decoders and snapshots, not by steps. NULL
+  // (default): the system maps them.
+  mxt_allocate_fn allocate;
+  // Takes back what `allocate` gave. Must be there where that is.
+  mxt_deallocate_fn deallocate;
+  // Passed to the two. It must stay valid until the engine and everything made from it is freed, or
+  // until `allocator_user_data_free` is called with it.
+  void *allocator_user_data;
+  // Called with `allocator_user_data` exactly once for each call of mxt_engine_new that succeeds,
+  // when all memory is given back and the library will never call the two again; as
+  // log_user_data_free. Where `allocate` is NULL, that is the end of mxt_engine_new itself. NULL
+  // (default): nothing is called.
+  mxt_user_data_free_fn allocator_user_data_free;
 } mxt_engine_options;
+
+// What an engine, and all that was made from it, has in use of large memory. Set struct_size to
+// sizeof(mxt_memory_use) before the call that fills it. Beside that there are buffers of a call, and
+// what a GPU's driver takes.
+typedef struct mxt_memory_use {
+  // sizeof(mxt_memory_use), set by the caller.
+  size_t struct_size;
+  // Bytes of the device that are in use now: weights, gradients, states, activations and workspaces
+  // of models, trainers and decoders. Of the CPU, this is memory of the host.
+  uint64_t device_bytes;
+  // The most of them at any time since the engine was made.
+  uint64_t device_peak;
+  // The most bytes that the device has for all that runs there, or memory_limit of the engine where
+  // that is less; 0 where the system does not say.
+  uint64_t device_limit;
+  // Bytes of the host beside them that are in use now: snapshots.
+  uint64_t host_bytes;
+  // The most of them at any time since the engine was made.
+  uint64_t host_peak;
+  // The most bytes that the machine and the process's control groups give; 0 where the system does
+  // not say.
+  uint64_t host_limit;
+} mxt_memory_use;
 
 // The shape of a model. Fill it with mxt_model_config_init, which makes it GPT-2 small (124M).
 typedef struct mxt_model_config {
@@ -1217,6 +1267,13 @@ mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t st
 // get an error from CUDA: a host with CUDA code on other threads waits for its streams instead.
 // Should a capture be broken off, the step is done without, and the next one tries again.
 mxt_status mxt_engine_new(const struct mxt_engine_options *options, struct mxt_engine **engine);
+
+// Stores how much large memory `engine`, and all that was made from it, has in use in `*memory`, whose
+// struct_size the caller has set. Any thread may call it at any time.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_engine_memory(const struct mxt_engine *engine,
+                             struct mxt_memory_use *memory);
 
 // The name of the device: "cpu", or "cuda:0" for the first GPU. NULL if `engine` is NULL.
 //

@@ -87,7 +87,7 @@ mod signals;
 mod thread;
 mod trainer;
 
-pub use backend::{CudaStream, HostLoss, LogitRows};
+pub use backend::{Allocator, CudaStream, HostLoss, LogitRows};
 pub use checkpoint::{FileRead, FileSave, Files, MemoryFiles, StoredTensor, StoredWeights};
 pub use comm::{Collectives, Group, Transport, Wire};
 pub use data::{
@@ -96,7 +96,7 @@ pub use data::{
 pub use decoder::{
     Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated, Score,
 };
-pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
+pub use engine::{Engine, EngineMemory, EngineOptions, LogFn, LogLevel, MemoryUse};
 pub use error::{Error, Result};
 pub use formats::Philox;
 pub use gpt::{Activation, Frozen, ModelConfig, Recompute, TensorInfo, TokenDrop};

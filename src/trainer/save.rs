@@ -13,7 +13,7 @@ use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::spam::STATISTICS;
 use crate::optim::{Master, Optimizer, State, master};
-use crate::reserve::{collect, reuse, zeros};
+use crate::reserve::{collect, zeros};
 use crate::room::MemoryRoom;
 use crate::run::TrainerState;
 use crate::{Error, Result};
@@ -100,16 +100,15 @@ pub struct Snapshot {
     elements: usize,
     states: Vec<HostBuffer>,
     layouts: Vec<StateLayout>,
-    statistics: Vec<f32>,
+    statistics: HostBuffer,
     matrices: Vec<Matrix>,
-    followed: Vec<(State, Vec<f32>)>,
+    followed: Vec<(State, HostBuffer)>,
 }
 
 impl Source for Snapshot {
     fn weights(&self, slot: Slot, out: &mut [f32]) -> Result<()> {
         if !self.are_halves {
-            let all: &[f32] = bytemuck::cast_slice(self.weights.bytes());
-            out.copy_from_slice(&all[slot.range()]);
+            out.copy_from_slice(&self.weights.as_floats()[slot.range()]);
             return Ok(());
         }
         let all: &[u16] = bytemuck::cast_slice(self.weights.bytes());
@@ -126,12 +125,12 @@ impl Source for Snapshot {
     }
 
     fn statistics(&self, at: usize, out: &mut [f32]) -> Result<()> {
-        out.copy_from_slice(&self.statistics[at..][..out.len()]);
+        out.copy_from_slice(&self.statistics.as_floats()[at..][..out.len()]);
         Ok(())
     }
 
     fn followed(&self, number: usize, at: usize, out: &mut [f32]) -> Result<()> {
-        out.copy_from_slice(&self.followed[number].1[at..][..out.len()]);
+        out.copy_from_slice(&self.followed[number].1.as_floats()[at..][..out.len()]);
         Ok(())
     }
 }
@@ -181,11 +180,10 @@ impl Snapshot {
 
     /// Bytes of host memory that it takes, those of a longer one before it included.
     pub fn bytes(&self) -> u64 {
-        let of_floats = |floats: &Vec<f32>| 4 * floats.len() as u64;
         let of_buffer = |buffer: &HostBuffer| buffer.bytes().len() as u64;
         let states: u64 = self.states.iter().map(of_buffer).sum();
-        let followed: u64 = self.followed.iter().map(|(_, values)| of_floats(values)).sum();
-        of_buffer(&self.weights) + states + of_floats(&self.statistics) + followed
+        let followed: u64 = self.followed.iter().map(|(_, values)| of_buffer(values)).sum();
+        of_buffer(&self.weights) + states + of_buffer(&self.statistics) + followed
     }
 
     fn empty(model: &Model, state: &TrainerState) -> Self {
@@ -198,7 +196,7 @@ impl Snapshot {
             elements: 0,
             states: Vec::new(),
             layouts: Vec::new(),
-            statistics: Vec::new(),
+            statistics: HostBuffer::default(),
             matrices: Vec::new(),
             followed: Vec::new(),
         }
@@ -383,12 +381,12 @@ impl<B: Backend> Run<B> {
                 live.state(number, own.scales, &mut to[place.scales..][..scales])?;
             }
         }
-        live.statistics(0, reuse(&mut copy.statistics, WHAT, statistics)?)?;
+        live.statistics(0, copy.statistics.floats(backend, WHAT, statistics)?)?;
         copy.followed.truncate(followed.len());
-        copy.followed.resize_with(followed.len(), || (followed[0], Vec::new()));
+        copy.followed.resize_with(followed.len(), || (followed[0], HostBuffer::default()));
         for (number, (of, to)) in copy.followed.iter_mut().enumerate() {
             *of = followed[number];
-            live.followed(number, 0, reuse(to, WHAT, of_blocks)?)?;
+            live.followed(number, 0, to.floats(backend, WHAT, of_blocks)?)?;
         }
         Ok(())
     }

@@ -385,6 +385,15 @@ int main(int argc, char **argv) {
   CHECK(stats.step == 77 && eval.tokens == 77 && other == NULL);
   CHECK(update.step == 77 && metrics.step == 77);
 
+  mxt_memory_use in_use;
+  in_use.struct_size = sizeof in_use;
+  in_use.host_limit = 77;
+  start();
+  PANICS(mxt_engine_memory(engine, &in_use));
+  RETURNS(MXT_ERROR_POISONED, mxt_engine_memory(engine, &in_use));
+  CHECK(in_use.host_limit == 77);
+  end();
+
   MODEL_PANICS(mxt_model_save(model, folder));
   MODEL_PANICS(mxt_model_save_as(model, folder, MXT_STORED_WEIGHTS_BF16));
   MODEL_PANICS(mxt_model_get_config(model, &config));

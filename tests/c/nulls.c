@@ -39,6 +39,10 @@ int main(void) {
   CHECK(mxt_engine_device(NULL) == NULL && mxt_engine_threads(NULL) == 0);
   CHECK(mxt_engine_seed(NULL) == 0);
   CHECK(mxt_engine_rank(NULL) == 0 && mxt_engine_ranks(NULL) == 0);
+  mxt_memory_use memory;
+  memory.struct_size = sizeof memory;
+  IS_NULL("engine", mxt_engine_memory(NULL, &memory));
+  IS_NULL("memory", mxt_engine_memory(engine, NULL));
   IS_NULL("options", mxt_group_init(NULL, sizeof(mxt_group)));
 
   IS_NULL("engine", mxt_model_new(NULL, &config, &no_model));

@@ -42,6 +42,7 @@ pub(crate) use device::peers::Exported;
 pub(crate) use device::recordings::Recordings;
 pub(crate) use workspace::Workspace;
 
+use super::block::Supply;
 use super::{Backend, StepPlan, WorkspaceShape};
 use crate::formats::Format;
 use crate::{CudaStream, Error, Result};
@@ -65,10 +66,13 @@ impl Cuda {
     pub(crate) fn new(
         ordinal: usize,
         stream: Option<CudaStream>,
+        supply: &Arc<Supply>,
         warn: &dyn Fn(String),
     ) -> Result<Self> {
         let stream = stream.map(|stream| stream.as_raw().cast());
-        Self::of(Gpu::open(ordinal, stream, &kernels::FILES, warn)?)
+        let mut gpu = Gpu::open(ordinal, stream, &kernels::FILES, warn)?;
+        gpu.supply = supply.clone();
+        Self::of(gpu)
     }
 
     fn of(gpu: Gpu) -> Result<Self> {

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import _arrays as arrays
 from . import _callbacks as callbacks
+from . import _files as files
 from ._callbacks import step_stats
 from ._calls import (
     Handle,
@@ -182,32 +183,43 @@ class Trainer(Handle):
 
     @classmethod
     def load(
-        cls, engine: Engine, folder: str | os.PathLike[Any], *, optimizer: str | None = None
+        cls, engine: Engine, folder: files.Place, *, optimizer: str | None = None
     ) -> Trainer:
         """Loads what `save` wrote. The next steps are the same, bit for bit, as if never stopped.
+
+        In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
+        or a `FileStore`.
 
         With an `optimizer`, which must be the saved one, moments are kept from here on in what it
         says, such as "adamw,moments=int8". The seed is the checkpoint's.
 
         Raises FileError, FormatError, Mismatch, NotFinite, Unsupported, OutOfMemory.
         """
-        where = path("folder", folder)
-        if optimizer is None:
-            pointer = make("trainer", lib.mxt_trainer_load, engine, where)
+        found = files.files_of(folder)
+        mover = text("optimizer", optimizer)
+        if found is not None:
+            function = lib.mxt_trainer_load_from
+            given = ffi.NULL if mover is None else mover
+            pointer = files.load("trainer", function, engine, found, given)
+        elif mover is None:
+            pointer = make("trainer", lib.mxt_trainer_load, engine, path("folder", folder))
         else:
-            mover = text("optimizer", optimizer)
+            where = path("folder", folder)
             pointer = make("trainer", lib.mxt_trainer_load_as, engine, where, mover)
         trainer = cls.__new__(cls)
         trainer._set(pointer, engine)
         return trainer
 
-    def save(self, folder: str | os.PathLike[Any]) -> None:
+    def save(self, folder: files.Place) -> None:
         """Saves model, moments, options and position to a folder, which is made if need be.
+
+        In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
+        or a `FileStore`.
 
         A failure, or a kill at any instant, leaves a whole checkpoint there. Hugging Face
         transformers opens it as gpt2. Raises FileError, FormatError, NotFinite, Busy.
         """
-        call(lib.mxt_trainer_save, self, path("folder", folder))
+        files.save(folder, lib.mxt_trainer_save, lib.mxt_trainer_save_to, self)
 
     def snapshot(self) -> Snapshot:
         """A copy of what `save` would write, for another thread to save."""
