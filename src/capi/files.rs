@@ -51,7 +51,8 @@ pub type mxt_file_read_fn = Option<
 >;
 
 /// Ends the use of a file: called exactly once for each that was opened or created, also after a
-/// failure. Returns 0; any other number ends a save, of a file that was written.
+/// failure: a new file that has fewer bytes then than were announced is one of a save that has failed.
+/// Returns 0; any other number ends a save, of a file that was written.
 pub type mxt_file_close_fn =
     Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, file: *mut c_void) -> i32>;
 

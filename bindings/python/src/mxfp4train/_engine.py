@@ -99,8 +99,8 @@ class Engine(Handle):
     together.
 
     `allocate(bytes, alignment)` gives large memory of the host, such as weights on the CPU, as an
-    address, or None where there is none; `deallocate(address, bytes, alignment)` takes it back. They
-    must not use the library.
+    address, or None where there is none; `deallocate(address, bytes, alignment)` takes it back.
+    They must not use the library.
 
     Raises InvalidArgument, Unsupported (a device that is not there, with what to install),
     OutOfMemory, DeviceError; with a group Mismatch and PeerError.

@@ -10,18 +10,18 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, BinaryIO, Protocol, Union
 
 from . import _callbacks as callbacks
-from ._calls import Handle, ask, call, c_string, make, options, path
+from ._calls import Handle, ask, c_string, call, make, options, path
 from ._library import ffi, lib, text_of
 
 
 class FileStore(Protocol):
     """What a program gives to keep the files of a checkpoint itself.
 
-    A save calls `begin`, then for one file after the other `create`, with its size in bytes, `write`
-    and `close` of what that returned, and in the end `commit`, or `abort` where anything failed. Until
-    `commit` returns, and after `abort`, `open` finds the files of the save before; behind it those of
-    this one, and no "trainer.json" or "trainer.safetensors" where a model was saved without training
-    state. What one raises, the call that loads or saves raises.
+    A save calls `begin`, then for one file after the other `create`, with its size in bytes,
+    `write` and `close` of what that returned, and in the end `commit`, or `abort` where anything
+    failed. Until `commit` returns, and after `abort`, `open` finds the files of the save before;
+    behind it those of this one, and no "trainer.json" or "trainer.safetensors" where a model was
+    saved without training state. What one raises, the call that loads or saves raises.
     """
 
     def open(self, name: str) -> BinaryIO:
@@ -43,9 +43,9 @@ class FileStore(Protocol):
 class Files(Handle, MutableMapping[str, bytes]):
     """The files of a checkpoint in memory, as bytes by their names; there are none at first.
 
-    `Trainer.save`, `Trainer.load` and the like take it in place of a folder, and load from it at full
-    speed: numbers go straight from these bytes into the model. What `files["config.json"]` gives is a
-    copy.
+    `Trainer.save`, `Trainer.load` and the like take it in place of a folder, and load from it at
+    full speed: numbers go straight from these bytes into the model. What `files["config.json"]`
+    gives is a copy.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Files(Handle, MutableMapping[str, bytes]):
     def lend(self, name: str, content: Any) -> None:
         """Puts a file without a copy: bytes, an mmap or whatever else has a buffer.
 
-        It must not change, and is kept, until the file is replaced or removed or the files are closed.
+        It must not change, and is kept, until the file is replaced or removed, or all are closed.
         """
         buffer = ffi.from_buffer(content)
         pointer = callbacks.pointer_to((content, buffer))
@@ -225,11 +225,16 @@ def files_of(place: Any) -> Handle | None:
     return None
 
 
+def folder_of(place: Place) -> Any:
+    """The path of a place that is a folder, as C's."""
+    return path("folder", place)  # type: ignore[arg-type]
+
+
 def save(folder: Place, to_folder: Any, to_files: Any, this: Handle, *more: Any) -> None:
     """Saves `this` by one of two functions of C."""
     files = files_of(folder)
     if files is None:
-        call(to_folder, this, path("folder", folder), *more)  # type: ignore[arg-type]
+        call(to_folder, this, folder_of(folder), *more)
     elif isinstance(files, Files):
         with files._lock:
             call(to_files, this, files, *more)

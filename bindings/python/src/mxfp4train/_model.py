@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Callable, Literal, overload
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from . import _arrays as arrays
 from . import _files as files
-from ._calls import Handle, ask, call, choice, make, options, path, sized, tuple_of
+from ._calls import Handle, ask, call, choice, make, options, sized, tuple_of
 from ._engine import Engine
 from ._generate import DECODER_WEIGHTS, sampled
 from ._library import ffi, lib
@@ -127,7 +126,7 @@ class Model(Handle):
         found = files.files_of(folder)
         if found is not None:
             return cls._of(files.load("model", lib.mxt_model_load_from, engine, found), engine)
-        return cls._of(make("model", lib.mxt_model_load, engine, path("folder", folder)), engine)
+        return cls._of(make("model", lib.mxt_model_load, engine, files.folder_of(folder)), engine)
 
     def save(self, folder: files.Place, *, weights: str = "f32") -> None:
         """Saves weights and configuration; Hugging Face transformers opens the folder as gpt2.

@@ -182,9 +182,7 @@ class Trainer(Handle):
         self._step_rows = how.accumulation * how.batch_size // self._ranks, how.sequence_length + 1
 
     @classmethod
-    def load(
-        cls, engine: Engine, folder: files.Place, *, optimizer: str | None = None
-    ) -> Trainer:
+    def load(cls, engine: Engine, folder: files.Place, *, optimizer: str | None = None) -> Trainer:
         """Loads what `save` wrote. The next steps are the same, bit for bit, as if never stopped.
 
         In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
@@ -202,9 +200,9 @@ class Trainer(Handle):
             given = ffi.NULL if mover is None else mover
             pointer = files.load("trainer", function, engine, found, given)
         elif mover is None:
-            pointer = make("trainer", lib.mxt_trainer_load, engine, path("folder", folder))
+            pointer = make("trainer", lib.mxt_trainer_load, engine, files.folder_of(folder))
         else:
-            where = path("folder", folder)
+            where = files.folder_of(folder)
             pointer = make("trainer", lib.mxt_trainer_load_as, engine, where, mover)
         trainer = cls.__new__(cls)
         trainer._set(pointer, engine)
