@@ -1020,7 +1020,8 @@ typedef int32_t (*mxt_file_read_fn)(void *user_data,
                                     size_t count);
 
 // Ends the use of a file: called exactly once for each that was opened or created, also after a
-// failure. Returns 0; any other number ends a save, of a file that was written.
+// failure: a new file that has fewer bytes then than were announced is one of a save that has failed.
+// Returns 0; any other number ends a save, of a file that was written.
 typedef int32_t (*mxt_file_close_fn)(void *user_data, void *file);
 
 // Begins a save. Returns 0; any other number ends it, and nothing else is called.
