@@ -1165,6 +1165,9 @@ typedef struct mxt_run_options {
   mxt_step_fn on_step;
   // Passed to on_step.
   void *user_data;
+  // Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call. They are
+  // in use only inside each checkpoint, not while the callback runs.
+  struct mxt_files *save_files;
 } mxt_run_options;
 
 // What a run did. Set struct_size to sizeof(mxt_run_result) before the call that fills it.
@@ -1183,7 +1186,7 @@ typedef struct mxt_run_result {
   float last_eval_loss;
   // One of mxt_run_end.
   int32_t end;
-  // 1 if save_dir holds the trainer as it is now, else 0.
+  // 1 if save_dir or save_files holds the trainer as it is now, else 0.
   int32_t saved;
   // Evaluations of this call that failed. The log has their messages.
   uint64_t eval_errors;
@@ -2265,8 +2268,8 @@ mxt_status mxt_run_options_init(struct mxt_run_options *options, size_t struct_s
 // result counts it, and the next one is tried when it is due. Where the last evaluation of the run
 // failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 // be done are, and after a failed evaluation they are also saved. Only an error of a step, a
-// device that fails and a panic end the run; the steps before are then saved, if save_dir is given
-// and the trainer usable. After any error mxt_trainer_steps_done counts the steps done, which can
+// device that fails and a panic end the run; the steps before are then saved, if there is where to
+// and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which can
 // be saved (again), and `*result` is not written.
 //
 // Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.

@@ -213,6 +213,11 @@ impl mxt_files {
         }
     }
 
+    /// Saves a trainer.
+    pub(super) fn save_trainer(&self, trainer: &mxt_trainer) -> Result<(), Failure> {
+        self.save(|files| trainer.exclusive(|trainer| Ok(trainer.save_to(files)?)))
+    }
+
     /// Files in memory, to be looked at.
     fn memory<R>(&self, body: impl FnOnce(&Memory) -> Result<R, Failure>) -> Result<R, Failure> {
         match &*self.shared()? {
@@ -284,7 +289,7 @@ impl Handle for mxt_files {
 ///
 /// # Safety
 /// `files` is NULL or a live handle.
-unsafe fn given(files: *const mxt_files) -> Result<Arc<mxt_files>, Failure> {
+pub(super) unsafe fn given(files: *const mxt_files) -> Result<Arc<mxt_files>, Failure> {
     // SAFETY: as promised by the caller.
     let files = unsafe { keep(files) }.ok_or_else(|| Failure::null("files"))?;
     match files.state.refusal() {
@@ -846,7 +851,7 @@ pub unsafe extern "C" fn mxt_trainer_save_to(
     unsafe {
         guard::method("mxt_trainer_save_to", trainer.cast_const(), |trainer| {
             let files = given(files.cast_const())?;
-            files.save(|files| trainer.exclusive(|trainer| Ok(trainer.save_to(files)?)))
+            files.save_trainer(trainer)
         })
     }
 }

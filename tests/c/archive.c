@@ -245,6 +245,55 @@ static void in_memory(mxt_engine *engine, mxt_trainer *trainer, const mxt_datase
   mxt_files_free(memory);
 }
 
+/* What a run's callback sees: the checkpoint of the step before, which it may look at. */
+struct seen {
+  mxt_files *files;
+  size_t most;
+};
+
+static int32_t look(void *user_data, const mxt_step_stats *step, const mxt_eval_stats *eval) {
+  struct seen *seen = user_data;
+  const size_t count = mxt_files_count(seen->files);
+  (void)step, (void)eval;
+  if (count > seen->most) seen->most = count;
+  return 0;
+}
+
+static void in_a_run(mxt_engine *engine, mxt_trainer *trainer, const mxt_dataset *dataset) {
+  static struct archive archive;
+  mxt_file_callbacks callbacks = callbacks_of(&archive);
+  mxt_files *memory = NULL, *files = NULL;
+  mxt_run_options run;
+  mxt_run_result result;
+  mxt_trainer *resumed = NULL;
+  OK(mxt_files_in_memory(&memory));
+  OK(mxt_files_from_callbacks(&callbacks, &files));
+  OK(mxt_run_options_init(&run, sizeof run));
+  result.struct_size = sizeof result;
+  struct seen seen = {memory, 0};
+  run.steps = 3;
+  run.save_every = 1;
+  run.save_files = memory;
+  run.on_step = look;
+  run.user_data = &seen;
+  OK(mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(seen.most == 4 && result.saved == 1 && result.save_errors == 0);
+  OK(mxt_trainer_load_from(engine, memory, NULL, &resumed));
+  CHECK(mxt_trainer_steps_done(resumed) == mxt_trainer_steps_done(trainer));
+  mxt_trainer_free(resumed);
+  /* A checkpoint that fails does not end the run. */
+  run.save_files = files;
+  run.on_step = NULL;
+  archive.fails_at = 5;
+  OK(mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(result.steps == 3 && result.save_errors == 1 && result.saved == 1 && archive.aborted == 1);
+  run.save_dir = "x";
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "save_files", mxt_trainer_run(trainer, dataset, &run, &result));
+  clear(archive.files, &archive.count);
+  mxt_files_free(files);
+  mxt_files_free(memory);
+}
+
 /* The host's functions fail at every call in turn. */
 static void in_an_archive(mxt_engine *engine, mxt_trainer *trainer, const mxt_dataset *dataset) {
   static struct archive archive;
@@ -360,6 +409,7 @@ int main(int argc, char **argv) {
   step(trainer, dataset);
   in_memory(engine, trainer, dataset, folder);
   in_an_archive(engine, trainer, dataset);
+  in_a_run(engine, trainer, dataset);
   mxt_trainer_free(trainer);
   mxt_model_free(model);
   mxt_dataset_free(dataset);

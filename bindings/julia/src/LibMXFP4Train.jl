@@ -522,7 +522,8 @@ const mxt_file_read_fn = Ptr{Cvoid}
 
 """
 Ends the use of a file: called exactly once for each that was opened or created, also after a
-failure. Returns 0; any other number ends a save, of a file that was written.
+failure: a new file that has fewer bytes then than were announced is one of a save that has failed.
+Returns 0; any other number ends a save, of a file that was written.
 """
 const mxt_file_close_fn = Ptr{Cvoid}
 
@@ -1307,6 +1308,9 @@ struct mxt_run_options
     on_step::mxt_step_fn
     # Passed to on_step.
     user_data::Ptr{Cvoid}
+    # Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call. They are
+    # in use only inside each checkpoint, not while the callback runs.
+    save_files::Ptr{mxt_files}
 end
 
 """
@@ -1327,7 +1331,7 @@ struct mxt_run_result
     last_eval_loss::Cfloat
     # One of mxt_run_end.
     end_::Int32
-    # 1 if save_dir holds the trainer as it is now, else 0.
+    # 1 if save_dir or save_files holds the trainer as it is now, else 0.
     saved::Int32
     # Evaluations of this call that failed. The log has their messages.
     eval_errors::UInt64
@@ -3309,8 +3313,8 @@ An evaluation or a checkpoint that fails does not end the run: the log gets a wa
 result counts it, and the next one is tried when it is due. Where the last evaluation of the run
 failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 be done are, and after a failed evaluation they are also saved. Only an error of a step, a
-device that fails and a panic end the run; the steps before are then saved, if save_dir is given
-and the trainer usable. After any error mxt_trainer_steps_done counts the steps done, which can
+device that fails and a panic end the run; the steps before are then saved, if there is where to
+and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which can
 be saved (again), and `*result` is not written.
 
 Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.

@@ -80,10 +80,13 @@ function Files(store::FileStore)
     end
 end
 
-# Of a dictionary, whose bytes are not copied.
+# Of a dictionary, to load from: its bytes are not copied.
 function Files(files::AbstractDict)
     content = [(file_name(name), convert(Vector{UInt8}, bytes)) for (name, bytes) in files]
-    memory = memory_files(content)
+    source = Slot(content)
+    memory = made(handle -> Files(handle, source), Lib.mxt_files) do handle
+        Lib.mxt_files_in_memory(handle)
+    end
     for (name, bytes) in content
         call(memory) do
             Lib.mxt_files_lend(memory, name, bytes, length(bytes), C_NULL, C_NULL)
@@ -92,21 +95,13 @@ function Files(files::AbstractDict)
     return memory
 end
 
-function memory_files(content)
-    source = Slot(content)
-    return made(handle -> Files(handle, source), Lib.mxt_files) do handle
-        Lib.mxt_files_in_memory(handle)
-    end
-end
-
 function file_name(name)
     name isa AbstractString && return text_or_nothing("files", name)
     throw(ArgumentError("files: expected names as keys, got $(repr(name))"))
 end
 
-# Runs a load.
-function load_with(body, place::FilePlace)
-    files = Files(place)
+# Runs `body` with files.
+function with_files(body, files::Files)
     try
         return body(files)
     finally
@@ -114,30 +109,39 @@ function load_with(body, place::FilePlace)
     end
 end
 
-# Runs a save.
-save_with(body, store::FileStore) = load_with(body, store)
+load_with(body, place::FilePlace) = with_files(body, Files(place))
+save_with(body, place::FilePlace) = with_files(body, Files(store_of(place)))
 
-const CHECKPOINT = ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
+store_of(store::FileStore) = store
 
-function save_with(body, place::AbstractDict)
-    files = memory_files(nothing)
-    try
-        body(files)
-        saved = Dict{String,Vector{UInt8}}()
-        for index in 0:(Int(ask(Lib.mxt_files_count, files, 0)) - 1)
-            name = ask(files -> unsafe_string(Lib.mxt_files_name(files, index)), files, "")
-            bytes, count = Ref{Ptr{Cvoid}}(C_NULL), Ref{Csize_t}(0)
-            call(() -> Lib.mxt_files_view(files, name, bytes, count), files)
-            saved[name] = copy(bytes_at(bytes[], Int(count[])))
-        end
-        for name in CHECKPOINT
-            haskey(saved, name) ? (place[name] = saved[name]) : delete!(place, name)
-        end
-        return nothing
-    finally
-        close(files)
-    end
+# A dictionary that changes when all is written.
+function store_of(files::AbstractDict)
+    fresh = Dict{String,Written}()
+    return FileStore(
+        open = name -> haskey(files, name) ? IOBuffer(convert(Vector{UInt8}, files[name])) : nothing,
+        begin_save = () -> empty!(fresh),
+        create = (name, size) -> (fresh[name] = Written(sizehint!(UInt8[], size))),
+        commit = function ()
+            for name in ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
+                haskey(fresh, name) ? (files[name] = fresh[name].bytes) : delete!(files, name)
+            end
+            return empty!(fresh)
+        end,
+        abort = () -> empty!(fresh),
+    )
 end
+
+# What is written to it, also when it is closed.
+struct Written <: IO
+    bytes::Vector{UInt8}
+end
+
+function Base.unsafe_write(io::Written, from::Ptr{UInt8}, count::UInt)
+    append!(io.bytes, Base.unsafe_wrap(Vector{UInt8}, from, count))
+    return Int(count)
+end
+
+Base.close(::Written) = nothing
 
 """
     MXFP4Train.load(Model, engine, files)

@@ -557,7 +557,21 @@ end
     @test status_of(() -> load(Trainer, new_engine(), files)) == Lib.MXT_ERROR_FORMAT
     @test status_of(() -> load(Model, new_engine(), Dict{String,Any}())) == Lib.MXT_ERROR_FORMAT
     @test refuses(() -> load(Model, new_engine(), Dict(1 => UInt8[])), ArgumentError, "names")
+    # A run saves there, too.
+    for place in (files, store)
+        seen = Int[]
+        ended = run!(trainer, dataset; steps = 2, save_every = 1, save_files = place) do _, _
+            push!(seen, length(files))
+        end
+        @test ended.saved && seen == [4, 4]
+        @test steps_done(load(Trainer, new_engine(), place)) == steps_done(trainer)
+    end
+    of.calls, of.fails_at, done = 0, 3, steps_done(trainer)
+    @test thrown(() -> run!(trainer, dataset; steps = 9, save_every = 1, save_files = store)) ===
+          Enough(3)
+    @test steps_done(trainer) == done + 1
     # What is closed is closed.
+    save(Model(trainer), files)
     close(snapshot)
     @test status_of(() -> save(snapshot, files)) == Lib.MXT_ERROR_NULL
     @test sort(collect(keys(files))) == ["config.json", "model.safetensors"]

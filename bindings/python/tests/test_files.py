@@ -148,6 +148,26 @@ def test_a_store_of_the_hosts(engine, make_trainer, dataset):
         mxt.Model.load(engine, {})
 
 
+def test_a_run_saves_to_files(engine, make_trainer, dataset):
+    trainer = make_trainer(engine)
+    seen = []
+    for place in (mxt.Files(), {}, Zip()):
+
+        def look(step, _, place=place):
+            if not isinstance(place, Zip):
+                seen.append(len(place))
+
+        result = trainer.run(dataset, steps=2, save_every=1, save_files=place, on_step=look)
+        assert result.saved and result.save_errors == 0
+        assert mxt.Trainer.load(engine, place).steps_done == trainer.steps_done
+    assert seen == [4] * 4
+    with pytest.raises(OSError, match="on fire"):
+        trainer.run(dataset, steps=9, save_every=1, save_files=Zip(fails_at=3))
+    assert trainer.steps_done == 7
+    with pytest.raises(TypeError, match="save_files"):
+        trainer.run(dataset, steps=1, save_files="folder")
+
+
 def test_what_a_store_raises_is_raised(engine, make_trainer, dataset):
     trainer = make_trainer(engine)
     store = Zip()

@@ -365,6 +365,7 @@ typedef struct mxt_run_options {
   uint64_t save_every;
   mxt_step_fn on_step;
   void *user_data;
+  struct mxt_files *save_files;
 } mxt_run_options;
 typedef struct mxt_run_result {
   size_t struct_size;

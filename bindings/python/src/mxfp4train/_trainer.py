@@ -451,13 +451,15 @@ class Trainer(Handle):
         eval_batches: int | None = None,
         save_dir: str | os.PathLike[Any] | None = None,
         save_every: int | None = None,
+        save_files: files.Place | None = None,
         on_step: OnStep | None = None,
     ) -> RunResult:
         """Does `steps` steps on a dataset, with evaluations, checkpoints and a callback.
 
         With `eval_dataset` the run evaluates on at most `eval_batches` batches (20; 0 is all)
         whenever the number of steps done is a multiple of `eval_every`, and after the last step.
-        With `save_dir` it saves likewise by `save_every`, and at its end, however it ends.
+        With `save_dir`, or `save_files` in its place (see `save`), it saves likewise by
+        `save_every`, and at its end, however it ends.
 
         `on_step(step, evaluation)` is called after each step, `evaluation` being None where none
         followed it. It may use the trainer: save, evaluate, set_lr, generate, even close it. The
@@ -467,11 +469,19 @@ class Trainer(Handle):
         its next step or batch; the run saves, and then KeyboardInterrupt is raised.
 
         An evaluation or a save that fails does not end the run; where the last one of its kind
-        failed, that error is raised at its end. An error of a step ends the run, after a save.
+        failed, that error is raised at its end. An error of a step ends the run, after a save. What
+        a mapping or a store raises ends the run, too.
         """
         keep: list[Any] = []
+        held: dict[str, Handle] = {}
+        if eval_dataset is not None:
+            held["eval_dataset"] = eval_dataset
+        if save_files is not None:
+            found = files.files_of(save_files)
+            if found is None:
+                raise TypeError(f"save_files: expected files without a folder, got {save_files!r}")
+            held["save_files"] = found
         # NOTE: there always is a callback: Ctrl-C comes in there, too.
-        held = () if eval_dataset is None else (eval_dataset,)
         given = {
             "steps": whole("steps", steps, "uint64_t"),
             "eval_every": eval_every,
@@ -484,14 +494,14 @@ class Trainer(Handle):
         how = options("mxt_run_options", given, keep)
         result = sized("mxt_run_result")
 
-        def run(trainer: Any, data: Any, *evaluation: Any) -> int:
-            if evaluation:
-                how.eval_dataset = evaluation[0]
+        def run(trainer: Any, data: Any, *pointers: Any) -> int:
+            for name, pointer in zip(held, pointers):
+                setattr(how, name, pointer)
             status: int = lib.mxt_trainer_run(trainer, data, how, result)
             return status
 
         with Interrupts(self.request_stop, self.clear_stop):
-            call(run, self, dataset, *held)
+            call(run, self, dataset, *held.values())
         return tuple_of(RunResult, result, end=RUN_ENDS[result.end], saved=bool(result.saved))
 
     def request_stop(self) -> None:
