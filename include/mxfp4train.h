@@ -80,8 +80,9 @@
 //
 // 6. Callbacks are a function and a user_data pointer, run only on the thread that is inside the
 //    call, and return 0 to go on or another number to stop. See each for what it may do: mxt_step_fn
-//    may do everything; mxt_token_fn, mxt_loss_fn, mxt_log_fn and mxt_user_data_free_fn must not let a
-//    C++ exception out, which would end the process.
+//    may do everything; mxt_token_fn, mxt_loss_fn, mxt_log_fn, those of mxt_file_callbacks, mxt_allocate_fn,
+//    mxt_deallocate_fn and mxt_user_data_free_fn must not let a C++ exception out, which would end the
+//    process.
 //
 // 7. A guest in your process: no output, no signal handlers, no exit, no changes of the environment,
 //    the locale or the signal mask. A call computes in the default floating-point mode, whatever the
@@ -1052,8 +1053,8 @@ typedef const char *(*mxt_files_error_fn)(void *user_data);
 // The host's functions for the files of a checkpoint. Fill it with mxt_file_callbacks_init.
 //
 // They run on the thread that is inside the call that loads or saves, in which only that call uses
-// them. They may call the library, but calls on the mxt_files, and calls on the model or trainer that
-// is saved which would change it, return MXT_ERROR_BUSY. They must not throw or longjmp.
+// them. They may call the library, but calls on the mxt_files, on the trainer that is saved, and such
+// as would change the model that is saved, return MXT_ERROR_BUSY. They must not throw or longjmp.
 typedef struct mxt_file_callbacks {
   // Set by mxt_file_callbacks_init.
   size_t struct_size;

@@ -99,8 +99,8 @@ pub type mxt_files_error_fn =
 /// The host's functions for the files of a checkpoint. Fill it with mxt_file_callbacks_init.
 ///
 /// They run on the thread that is inside the call that loads or saves, in which only that call uses
-/// them. They may call the library, but calls on the mxt_files, and calls on the model or trainer that
-/// is saved which would change it, return MXT_ERROR_BUSY. They must not throw or longjmp.
+/// them. They may call the library, but calls on the mxt_files, on the trainer that is saved, and such
+/// as would change the model that is saved, return MXT_ERROR_BUSY. They must not throw or longjmp.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct mxt_file_callbacks {

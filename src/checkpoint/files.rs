@@ -6,7 +6,7 @@
 //!
 //! NOTE: a host's files are written from their first byte to their last, so that they may be a
 //! socket or an archive. The checksums stand in front of the tensors that they are of; where nothing
-//! can be written over, tensors are read twice for them.
+//! can be written over, tensors are read twice for them, and where it can, once.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -64,6 +64,20 @@ pub trait FileSave {
     /// # Errors
     /// Whatever keeps them from being written.
     fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Whether there is [`FileSave::write_over`]. Tensors are made once then, and else twice.
+    fn can_write_over(&self) -> bool {
+        false
+    }
+
+    /// Writes over the first bytes of the file that was begun last, all of which are there. Only called
+    /// where it can be done.
+    ///
+    /// # Errors
+    /// Whatever keeps them from being written.
+    fn write_over(&mut self, _bytes: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Ends the file, all of which is written.
     ///
@@ -193,6 +207,16 @@ impl FileSave for MemorySave<'_> {
         Ok(())
     }
 
+    fn can_write_over(&self) -> bool {
+        true
+    }
+
+    fn write_over(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let file = self.new.last_mut().and_then(|(_, file)| file.get_mut(..bytes.len()));
+        file.ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(bytes);
+        Ok(())
+    }
+
     fn close(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -269,7 +293,7 @@ impl NewFiles<'_> {
 
     /// Whether what is written stays as it is.
     pub(super) fn are_in_order(&self) -> bool {
-        matches!(self, Self::Host(_))
+        matches!(self, Self::Host(save) if !save.can_write_over())
     }
 
     /// Begins a file of `size` bytes.
@@ -318,6 +342,9 @@ impl NewFile<'_> {
                 let io = |e| Error::io("write", path)(e);
                 attempt(|| out.seek(SeekFrom::Start(0))).map_err(io)?;
                 attempt(|| out.write_all(bytes)).map_err(io)
+            }
+            Self::Host(save, path) if save.can_write_over() => {
+                save.write_over(bytes).map_err(Error::io("write", path))
             }
             Self::Host(_, path) => {
                 let message = "the tensors changed while they were saved; save them again when \
