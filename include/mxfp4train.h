@@ -461,7 +461,8 @@ typedef struct mxt_group {
   void *user_data;
   // Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
   // library will never call the functions above again; as log_user_data_free of mxt_engine_options.
-  // NULL (default): nothing is called.
+  // Where there is one rank, that is the end of mxt_engine_new itself. NULL (default): nothing is
+  // called.
   mxt_user_data_free_fn user_data_free;
   // Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot
   // tell a rank that is gone from one that is slow, and the callbacks show one that is gone

@@ -686,7 +686,8 @@ struct mxt_group
     user_data::Ptr{Cvoid}
     # Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
     # library will never call the functions above again; as log_user_data_free of mxt_engine_options.
-    # NULL (default): nothing is called.
+    # Where there is one rank, that is the end of mxt_engine_new itself. NULL (default): nothing is
+    # called.
     user_data_free::mxt_user_data_free_fn
     # Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot
     # tell a rank that is gone from one that is slow, and the callbacks show one that is gone
