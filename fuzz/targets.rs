@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{
-    Dataset, DatasetOptions, Engine, EngineOptions, Model, ModelConfig, Recipe, TokenType, Trainer,
-    TrainerOptions,
+    Dataset, DatasetOptions, Engine, EngineOptions, MemoryFiles, Model, ModelConfig, Recipe,
+    TokenType, Trainer, TrainerOptions,
 };
 
 /// A token file: raw, llm.c's or NumPy's, or none at all.
@@ -131,9 +131,18 @@ pub(crate) fn recipe(data: &[u8]) {
     }
 }
 
-/// A model that loads has finite weights and the shape that it says.
+/// A model that loads has finite weights and the shape that it says. What loads from a folder loads
+/// from memory.
 fn check_model(engine: &Engine, dir: &Path) {
-    let Ok(model) = Model::load(engine, dir) else { return };
+    let loaded = Model::load(engine, dir);
+    let mut files = MemoryFiles::new();
+    for entry in fs::read_dir(dir).expect("the temporary folder").flatten() {
+        let bytes = fs::read(entry.path()).expect("a temporary file can be read");
+        files.put(entry.file_name().to_string_lossy(), bytes);
+    }
+    let in_memory = Model::load_from(engine, &files);
+    assert_eq!(loaded.is_ok(), in_memory.is_ok(), "{loaded:?}, but {in_memory:?}");
+    let Ok(model) = loaded else { return };
     model.config().validate().expect("a loaded shape is a shape");
     let mut count = 0;
     for tensor in model.tensors() {

@@ -11,7 +11,8 @@
 //! An [`Engine`] is a device with its threads and its seed. A [`Model`] is a GPT-2 of some
 //! [`ModelConfig`], new or loaded from a Hugging Face `gpt2` folder. A [`Dataset`] is a set of
 //! memory-mapped token files. A [`Trainer`] takes optimizer steps, evaluates, saves and resumes;
-//! its [`Recipe`] says which number format each GEMM uses.
+//! its [`Recipe`] says which number format each GEMM uses. Checkpoints lie in folders, or in [`Files`]
+//! elsewhere; [`Engine::memory`] says what memory is in use.
 //!
 //! ```
 //! use mxfp4train::{Dataset, Engine, EngineOptions, Model, ModelConfig, Trainer, TrainerOptions};
@@ -87,8 +88,8 @@ mod signals;
 mod thread;
 mod trainer;
 
-pub use backend::{CudaStream, HostLoss, LogitRows};
-pub use checkpoint::{StoredTensor, StoredWeights};
+pub use backend::{Allocator, CudaStream, HostLoss, LogitRows};
+pub use checkpoint::{FileRead, FileSave, Files, MemoryFiles, StoredTensor, StoredWeights};
 pub use comm::{Collectives, Group, Transport, Wire};
 pub use data::{
     Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenMemory, TokenType,
@@ -96,7 +97,7 @@ pub use data::{
 pub use decoder::{
     Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated, Score,
 };
-pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
+pub use engine::{Engine, EngineMemory, EngineOptions, LogFn, LogLevel, MemoryUse};
 pub use error::{Error, Result};
 pub use formats::Philox;
 pub use gpt::{Activation, Frozen, Lora, ModelConfig, Recompute, TensorInfo, TokenDrop};

@@ -7,8 +7,8 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, FlatGradients, Memory, Slot, on_device};
 use crate::checkpoint::{
-    self, AdapterFiles, Checkpoint, FoundConfig, ModelPart, Scratch, StoredTensor, StoredWeights,
-    TensorRead,
+    self, AdapterFiles, Checkpoint, Files, FoundConfig, ModelPart, Place, Scratch, StoredTensor,
+    StoredWeights, TensorRead,
 };
 use crate::engine::LogLevel;
 use crate::gpt::{
@@ -16,7 +16,6 @@ use crate::gpt::{
 };
 use crate::optim::Master;
 use crate::reserve::{collect, reuse};
-use crate::signals::file_limit_is_an_error;
 use crate::{Engine, Error, Result};
 
 /// What a checkpoint folder has of a model.
@@ -91,6 +90,15 @@ impl Model {
         Self::from_checkpoint(engine, &Checkpoint::open(dir)?)
     }
 
+    /// [`Model::load`] of files that lie elsewhere than in a folder. They are read in pieces and not
+    /// held in memory as a whole.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_from(engine: &Engine, files: &dyn Files) -> Result<Self> {
+        Self::from_checkpoint(engine, &Checkpoint::open_files(files)?)
+    }
+
     /// What a checkpoint folder holds, from its configuration and the headers of its files; weights
     /// are not loaded.
     ///
@@ -102,7 +110,7 @@ impl Model {
         Ok(ModelFiles { config, tensors: checkpoint.stored_tensors()? })
     }
 
-    pub(crate) fn from_checkpoint(engine: &Engine, checkpoint: &Checkpoint) -> Result<Self> {
+    pub(crate) fn from_checkpoint(engine: &Engine, checkpoint: &Checkpoint<'_>) -> Result<Self> {
         let (config, found) = checkpoint.config()?;
         let model = Self::zeroed(engine, &config, Some(found))?;
         on_device!(model.on_device(), on => {
@@ -156,11 +164,24 @@ impl Model {
     /// # Errors
     /// As [`Model::save`], and [`Error::InvalidArgument`] naming a number that is beyond the format.
     pub fn save_as(&self, dir: &Path, weights: StoredWeights) -> Result<()> {
+        self.save_at(Place::Folder(dir), weights)
+    }
+
+    /// [`Model::save_as`] to files that lie elsewhere than in a folder; their bytes are the same.
+    /// While it runs, `files` must not wait for anything that changes the model.
+    ///
+    /// # Errors
+    /// As [`Model::save_as`]; but for an error of [`crate::FileSave::commit`] itself, of which `files`
+    /// knows more, they are then what they were.
+    pub fn save_to(&self, files: &mut dyn Files, weights: StoredWeights) -> Result<()> {
+        self.save_at(Place::Files(files), weights)
+    }
+
+    fn save_at(&self, place: Place<'_>, weights: StoredWeights) -> Result<()> {
         on_device!(self.on_device(), on => {
             let values = on.read()?;
             let model = on.exported(self.tensors(), &values);
-            let part = || ModelPart { stored: weights, ..self.part(&model) };
-            file_limit_is_an_error(|| checkpoint::save(dir, part(), None))
+            checkpoint::save(place, ModelPart { stored: weights, ..self.part(&model) }, None)
         })
     }
 
@@ -188,7 +209,18 @@ impl Model {
     /// As [`Model::with_lora`]; [`Error::Io`], [`Error::Format`] and [`Error::Mismatch`] name the file
     /// and the key or the tensor.
     pub fn load_lora(&self, dir: &Path) -> Result<Self> {
-        let files = AdapterFiles::open(dir, self.config())?;
+        self.with_adapters_of(&AdapterFiles::open(dir, self.config())?)
+    }
+
+    /// [`Model::load_lora`] of files without a folder.
+    ///
+    /// # Errors
+    /// As [`Model::load_lora`].
+    pub fn load_lora_from(&self, files: &dyn Files) -> Result<Self> {
+        self.with_adapters_of(&AdapterFiles::open_in(files, self.config())?)
+    }
+
+    fn with_adapters_of(&self, files: &AdapterFiles<'_>) -> Result<Self> {
         let adapted = self.copied(Some(files.lora()))?;
         let tensors = adapted.adapters()?;
         on_device!(adapted.on_device(), on => {
@@ -207,6 +239,19 @@ impl Model {
     /// # Errors
     /// As [`Model::save`], and [`Error::InvalidArgument`] for a model without adapters.
     pub fn save_lora(&self, dir: &Path) -> Result<()> {
+        self.save_lora_at(Place::Folder(dir))
+    }
+
+    /// [`Model::save_lora`] to files without a folder. They take the place of a checkpoint in `files`:
+    /// give adapters a set of their own.
+    ///
+    /// # Errors
+    /// As [`Model::save_to`], and [`Error::InvalidArgument`] for a model without adapters.
+    pub fn save_lora_to(&self, files: &mut dyn Files) -> Result<()> {
+        self.save_lora_at(Place::Files(files))
+    }
+
+    fn save_lora_at(&self, place: Place<'_>) -> Result<()> {
         let lora = self.config().lora.ok_or_else(no_adapters)?;
         let tensors = self.adapters()?;
         on_device!(self.on_device(), on => {
@@ -214,7 +259,7 @@ impl Model {
             let read = |slot, out: &mut [f32]| on.backend.read_param(&weights.all, slot, out);
             let slots = collect(ADAPTERS, on.table.adapters().flatten().map(Ok))?;
             let adapters = Adapters { tensors: &tensors, slots: &slots, read };
-            file_limit_is_an_error(|| checkpoint::save_adapters(dir, &lora, &adapters))
+            checkpoint::save_adapters(place, &lora, &adapters)
         })
     }
 

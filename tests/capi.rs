@@ -70,6 +70,11 @@ fn data_of_the_host() {
 }
 
 #[test]
+fn checkpoints_without_a_folder() {
+    run("archive.c", Link::Shared);
+}
+
+#[test]
 fn what_a_trainer_watches() {
     run("watch.c", Link::Shared);
 }

@@ -16,10 +16,11 @@ type Program = (&'static [&'static str], &'static [&'static str]);
 
 const HANDLES: Program = (&["handles.cpp"], &[]);
 const CALLBACKS: Program = (&["callbacks.cpp"], &[]);
+const FILES: Program = (&["files.cpp"], &[]);
 const RETURNING: Program = (&["returning.cpp"], &["-fno-exceptions"]);
 /// Both modes in one program.
 const MODES: Program = (&["returning.cpp", "modes.cpp"], &["-DWITH_OTHER_MODE"]);
-const ALL: [Program; 4] = [HANDLES, CALLBACKS, RETURNING, MODES];
+const ALL: [Program; 5] = [HANDLES, CALLBACKS, FILES, RETURNING, MODES];
 
 #[test]
 fn gcc_cpp17() {

@@ -11,7 +11,7 @@ use std::process::Command;
 use common::{has_program, root, succeed};
 
 /// The files that declare something, in the order of the header.
-const SOURCES: [&str; 15] = [
+const SOURCES: [&str; 17] = [
     "status",
     "version",
     "message",
@@ -25,6 +25,8 @@ const SOURCES: [&str; 15] = [
     "trainer",
     "batch",
     "snapshot",
+    "file_callbacks",
+    "files",
     "watch",
     "run",
 ];

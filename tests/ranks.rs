@@ -5,12 +5,12 @@
 mod ranks;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
+use std::{fs, io};
 
 use mxfp4train::{
-    Dataset, Engine, EngineOptions, Error, EvalStats, Model, ModelConfig, Optimizer, Schedule,
-    Trainer, TrainerOptions, Wire,
+    Dataset, Engine, EngineOptions, Error, EvalStats, FileRead, FileSave, Files, MemoryFiles,
+    Model, ModelConfig, Optimizer, Schedule, Trainer, TrainerOptions, Wire,
 };
 use ranks::{on_engines, on_ranks};
 
@@ -186,6 +186,55 @@ fn sharded_states_change_no_bit() {
     for (kinds, watched) in &refused {
         assert!(kinds.iter().all(|error| error.contains("got stable-")), "{kinds:?}");
         assert!(watched.contains("keeps all states"), "{watched}");
+    }
+}
+
+/// Rank 0 writes to files without a folder, those of others stay as they are, and all go on from them,
+/// sharded or not. What fails there fails on all.
+#[test]
+fn files_without_a_folder_are_those_of_rank_0() {
+    struct Full;
+    impl Files for Full {
+        fn open(&self, _: &str) -> io::Result<Option<Box<dyn FileRead + '_>>> {
+            Ok(None)
+        }
+
+        fn save(&mut self) -> io::Result<Box<dyn FileSave + '_>> {
+            Err(io::Error::other("no room is left"))
+        }
+    }
+
+    let data = data();
+    let run = |engine: &Engine| {
+        let mut trainer = trainer(engine, options("bf16", "adamw", 4, 4)).unwrap();
+        train(&mut trainer, 2, &data);
+        let error = match engine.rank() {
+            0 => trainer.save_to(&mut Full).unwrap_err(),
+            _ => trainer.save_to(&mut MemoryFiles::new()).unwrap_err(),
+        };
+        assert!(error.to_string().contains("no room is left"), "{error}");
+        assert_eq!(matches!(error, Error::Peer { .. }), engine.rank() > 0, "{error}");
+        let mut saved = MemoryFiles::new();
+        saved.put("other", vec![1]);
+        trainer.save_to(&mut saved).unwrap();
+        let bytes = |name: &str| saved.get(name).unwrap().to_vec();
+        saved.names().map(|name| (name.to_owned(), bytes(name))).collect::<BTreeMap<_, _>>()
+    };
+    let alone = on_engines(1, run).remove(0);
+    assert_eq!(alone.len(), 5);
+    for mut all in [on_engines(2, run), ranks::on_sharded_engines(2, run)] {
+        let other = all.pop().unwrap();
+        assert_eq!(other.into_keys().collect::<Vec<_>>(), ["other"]);
+        assert!(all.pop().unwrap() == alone, "rank 0 saves what one alone does");
+    }
+    let go_on = |engine: &Engine| {
+        let mut files = MemoryFiles::new();
+        alone.iter().for_each(|(name, bytes)| files.put(name.as_str(), bytes.clone()));
+        train(&mut Trainer::load_from(engine, &files).unwrap(), 2, &data)
+    };
+    let straight = on_engines(1, go_on).remove(0);
+    for all in [on_engines(2, go_on), ranks::on_sharded_engines(2, go_on)] {
+        assert!(all.iter().all(|trained| *trained == straight));
     }
 }
 

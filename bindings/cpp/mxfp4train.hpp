@@ -42,6 +42,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <memory>
+#include <memory_resource>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -84,6 +85,7 @@ using WeightMetrics = mxt_weight_metrics;
 using Coverage = mxt_coverage;
 using RunResult = mxt_run_result;
 using MemoryPlan = mxt_memory_plan;
+using MemoryUse = mxt_memory_use;
 
 // What a callback may return.
 enum class Flow : std::int32_t { go_on = 0, stop = 1 };
@@ -142,6 +144,44 @@ using WindowFunction =
 using PackedWindowFunction =
     std::function<void(std::uint64_t number, view<std::uint32_t> tokens, view<float> weights,
                        view<std::uint32_t> documents)>;
+
+// A program's own place for the files of a checkpoint, to be derived from. What the functions mean
+// is in the C header, at mxt_file_callbacks. Flow::stop says that one has failed, which is
+// MXT_ERROR_IO with the text of error(); so does an exception, which is thrown again by the call
+// that needed it.
+class FileStore {
+ public:
+  // A file that is open for reading, and closed by its end.
+  class Reader {
+   public:
+    virtual ~Reader() = default;
+    virtual std::uint64_t size() const = 0;
+    // Fills `to` with the bytes from `offset` on.
+    virtual Flow read(std::uint64_t offset, view<std::byte> to) = 0;
+  };
+
+  // A file of a save, from its first byte to its last.
+  class Writer {
+   public:
+    virtual ~Writer() = default;
+    virtual Flow write(view<const std::byte> bytes) = 0;
+    // All is written. Not called where the save has failed.
+    virtual Flow close() { return Flow::go_on; }
+  };
+
+  virtual ~FileStore() = default;
+  // Opens a file; without one of this name, `reader` stays empty.
+  virtual Flow open(const std::string &name, std::unique_ptr<Reader> &reader) = 0;
+  virtual Flow begin() { return Flow::go_on; }
+  virtual Flow create(const std::string &name, std::uint64_t size,
+                      std::unique_ptr<Writer> &writer) = 0;
+  // All files are written: they take the place of those of the save before.
+  virtual Flow commit() = 0;
+  // The save is given up: the files are what they were before it.
+  virtual void abort() = 0;
+  // Why one of them has just failed.
+  virtual const char *error() const { return nullptr; }
+};
 
 #ifdef MXT_NO_EXCEPTIONS
 
@@ -208,6 +248,7 @@ struct deleter {
   void operator()(mxt_decoder *handle) const noexcept { mxt_decoder_free(handle); }
   void operator()(mxt_trainer *handle) const noexcept { mxt_trainer_free(handle); }
   void operator()(mxt_snapshot *handle) const noexcept { mxt_snapshot_free(handle); }
+  void operator()(mxt_files *handle) const noexcept { mxt_files_free(handle); }
 };
 
 template <class T>
@@ -386,6 +427,123 @@ inline void on_owner_free(void *user_data) {
   delete static_cast<std::shared_ptr<const void> *>(user_data);
 }
 
+// A file of a store that is open, of which C has a pointer.
+struct Stored {
+  std::unique_ptr<FileStore::Reader> reader;
+  std::unique_ptr<FileStore::Writer> writer;
+  // Bytes that are still to be written.
+  std::uint64_t left = 0;
+};
+
+inline FileStore &store_of(void *user_data) noexcept {
+  return **static_cast<std::unique_ptr<FileStore> *>(user_data);
+}
+
+// Runs a function of a store. What an exception left behind is not gone on with.
+template <class Body>
+std::int32_t stored(Body body) noexcept {
+  if (callback_threw()) return 1;
+  return static_cast<std::int32_t>(guarded(body));
+}
+
+inline std::int32_t on_file_open(void *user_data, const char *name, void **file,
+                                 std::uint64_t *size) {
+  bool is_there = false;
+  const std::int32_t failed = stored([&]() -> Flow {
+    auto opened = std::make_unique<Stored>();
+    if (store_of(user_data).open(name, opened->reader) != Flow::go_on) return Flow::stop;
+    if (!opened->reader) return Flow::go_on;
+    is_there = true;
+    *size = opened->reader->size();
+    *file = opened.release();
+    return Flow::go_on;
+  });
+  if (failed != 0) return -1;
+  return is_there ? 0 : MXT_NO_SUCH_FILE;
+}
+
+inline std::int32_t on_file_read(void *, void *file, std::uint64_t offset, void *to,
+                                 std::size_t count) {
+  return stored([&]() -> Flow {
+    const view<std::byte> bytes(static_cast<std::byte *>(to), count);
+    return static_cast<Stored *>(file)->reader->read(offset, bytes);
+  });
+}
+
+inline std::int32_t on_file_create(void *user_data, const char *name, std::uint64_t size,
+                                   void **file) {
+  return stored([&]() -> Flow {
+    auto created = std::make_unique<Stored>();
+    if (store_of(user_data).create(name, size, created->writer) != Flow::go_on) return Flow::stop;
+    if (!created->writer) return Flow::stop;
+    created->left = size;
+    *file = created.release();
+    return Flow::go_on;
+  });
+}
+
+inline std::int32_t on_file_write(void *, void *file, const void *from, std::size_t count) {
+  Stored &written = *static_cast<Stored *>(file);
+  const std::int32_t failed = stored([&]() -> Flow {
+    return written.writer->write({static_cast<const std::byte *>(from), count});
+  });
+  if (failed == 0) written.left -= count;
+  return failed;
+}
+
+inline std::int32_t on_file_close(void *, void *file) {
+  const std::unique_ptr<Stored> owned(static_cast<Stored *>(file));
+  if (!owned->writer || owned->left > 0) return 0;
+  return stored([&]() -> Flow { return owned->writer->close(); });
+}
+
+inline std::int32_t on_files_begin(void *user_data) {
+  return stored([&]() -> Flow { return store_of(user_data).begin(); });
+}
+
+inline std::int32_t on_files_commit(void *user_data) {
+  return stored([&]() -> Flow { return store_of(user_data).commit(); });
+}
+
+// Also where an exception is on its way.
+inline void on_files_abort(void *user_data) {
+  guarded([&]() -> Flow {
+    store_of(user_data).abort();
+    return Flow::go_on;
+  });
+}
+
+inline const char *on_files_error(void *user_data) {
+  const char *text = nullptr;
+  guarded([&]() -> Flow {
+    text = store_of(user_data).error();
+    return Flow::go_on;
+  });
+  return text;
+}
+
+inline void on_files_free(void *user_data) {
+  delete static_cast<std::unique_ptr<FileStore> *>(user_data);
+}
+
+inline void *on_allocate(void *user_data, std::size_t bytes, std::size_t alignment) {
+  auto *resource = static_cast<std::pmr::memory_resource *>(user_data);
+#ifdef MXT_NO_EXCEPTIONS
+  return resource->allocate(bytes, alignment);
+#else
+  // That there is none is an error of the library, which says how much was needed.
+  try {
+    return resource->allocate(bytes, alignment);
+  } catch (...) {
+    return nullptr;
+  }
+#endif
+}
+
+inline void on_deallocate(void *user_data, void *memory, std::size_t bytes, std::size_t alignment) {
+  static_cast<std::pmr::memory_resource *>(user_data)->deallocate(memory, bytes, alignment);
+}
+
 // A C struct with the library's defaults. Should the library refuse the struct, as one of another
 // major version may, struct_size stays 0 and the call that takes the struct says so.
 template <class C, mxt_status (*init)(C *, std::size_t)>
@@ -395,7 +553,16 @@ struct defaults : C {
 
 }  // namespace detail
 
-using EngineOptions = detail::defaults<mxt_engine_options, mxt_engine_options_init>;
+struct EngineOptions : detail::defaults<mxt_engine_options, mxt_engine_options_init> {
+  // Large memory of the host comes from `resource`, which must outlive the engine and all that is
+  // made from it. Where it throws, the call that needed the memory fails with
+  // MXT_ERROR_OUT_OF_MEMORY.
+  void allocate_from(std::pmr::memory_resource &resource) noexcept {
+    allocate = detail::on_allocate;
+    deallocate = detail::on_deallocate;
+    allocator_user_data = std::addressof(resource);
+  }
+};
 // Ranks that train together, by functions of C: put its address into EngineOptions::group.
 using Group = detail::defaults<mxt_group, mxt_group_init>;
 // What a trainer learns from in one go, for pointers of C.
@@ -461,6 +628,13 @@ class Engine {
   std::size_t rank() const noexcept { return mxt_engine_rank(get()); }
   std::size_t ranks() const noexcept { return mxt_engine_ranks(get()); }
 
+  // How much large memory is in use, by the engine and all that was made from it.
+  outcome<MemoryUse> memory() const {
+    auto use = detail::sized<MemoryUse>();
+    const mxt_status status = mxt_engine_memory(get(), &use);
+    return detail::finish(status, use);
+  }
+
   // The C handle, which stays this object's.
   mxt_engine *get() const noexcept { return handle_.get(); }
 
@@ -468,6 +642,92 @@ class Engine {
   explicit Engine(mxt_engine *engine) : handle_(engine) {}
 
   detail::handle<mxt_engine> handle_;
+};
+
+// The files of a checkpoint without a folder: in memory, or in a store of the program's.
+class Files {
+ public:
+#ifndef MXT_NO_EXCEPTIONS
+  // In memory, without any yet.
+  Files() : Files(create()) {}
+  explicit Files(std::unique_ptr<FileStore> store) : Files(create(std::move(store))) {}
+#endif
+
+  static outcome<Files> create() {
+    mxt_files *files = nullptr;
+    const mxt_status status = mxt_files_in_memory(&files);
+    return detail::finish(status, Files(files));
+  }
+
+  // The store lives as long as the files, or as the call that uses them last.
+  static outcome<Files> create(std::unique_ptr<FileStore> store) {
+    detail::defaults<mxt_file_callbacks, mxt_file_callbacks_init> callbacks;
+    callbacks.open = detail::on_file_open;
+    callbacks.read = detail::on_file_read;
+    callbacks.close = detail::on_file_close;
+    callbacks.begin = detail::on_files_begin;
+    callbacks.create = detail::on_file_create;
+    callbacks.write = detail::on_file_write;
+    callbacks.commit = detail::on_files_commit;
+    callbacks.abort = detail::on_files_abort;
+    callbacks.error = detail::on_files_error;
+    callbacks.user_data_free = detail::on_files_free;
+    // One that is not there is for the C function to complain about.
+    if (!store) callbacks.close = nullptr;
+    auto owned = std::make_unique<std::unique_ptr<FileStore>>(std::move(store));
+    callbacks.user_data = owned.get();
+    mxt_files *files = nullptr;
+    const mxt_status status = mxt_files_from_callbacks(&callbacks, &files);
+    if (status == MXT_OK) (void)owned.release();
+    return detail::finish(status, Files(files));
+  }
+
+  // The names of files in memory.
+  std::vector<std::string> names() const {
+    std::vector<std::string> names;
+    const std::size_t count = mxt_files_count(get());
+    for (std::size_t i = 0; i < count; i++) {
+      const char *name = mxt_files_name(get(), i);
+      if (name != nullptr) names.emplace_back(name);
+    }
+    return names;
+  }
+
+  // The bytes of a file in memory, until the files change or are destroyed.
+  outcome<view<const std::byte>> bytes(const std::string &name) const {
+    const void *bytes = nullptr;
+    std::size_t count = 0;
+    const mxt_status status = mxt_files_view(get(), name.c_str(), &bytes, &count);
+    return detail::finish(status,
+                          view<const std::byte>(static_cast<const std::byte *>(bytes), count));
+  }
+
+  // Puts a copy of bytes.
+  outcome<void> put(const std::string &name, view<const std::byte> bytes) {
+    return detail::finish(mxt_files_put(get(), name.c_str(), bytes.data(), bytes.size()));
+  }
+
+  // Puts bytes that stay where they are as long as the file is there; `owner` is kept until then.
+  outcome<void> lend(const std::string &name, view<const std::byte> bytes,
+                     std::shared_ptr<const void> owner = {}) {
+    auto owned = std::make_unique<std::shared_ptr<const void>>(std::move(owner));
+    const mxt_status status = mxt_files_lend(get(), name.c_str(), bytes.data(), bytes.size(),
+                                             owned.get(), detail::on_owner_free);
+    if (status == MXT_OK) (void)owned.release();
+    return detail::finish(status);
+  }
+
+  outcome<void> remove(const std::string &name) {
+    return detail::finish(mxt_files_remove(get(), name.c_str()));
+  }
+
+  // The C handle, which stays this object's.
+  mxt_files *get() const noexcept { return handle_.get(); }
+
+ private:
+  explicit Files(mxt_files *files) : handle_(files) {}
+
+  detail::handle<mxt_files> handle_;
 };
 
 // A model: its shape and its weights.
@@ -491,8 +751,17 @@ class Model {
     return detail::finish(status, Model(model));
   }
 
+  static outcome<Model> load(const Engine &engine, const Files &files) {
+    mxt_model *model = nullptr;
+    const mxt_status status = mxt_model_load_from(engine.get(), files.get(), &model);
+    return detail::finish(status, Model(model));
+  }
+
   outcome<void> save(const std::string &dir) const {
     return detail::finish(mxt_model_save(get(), dir.c_str()));
+  }
+  outcome<void> save(Files &files, std::int32_t weights = MXT_STORED_WEIGHTS_F32) const {
+    return detail::finish(mxt_model_save_to(get(), files.get(), weights));
   }
 
   // The same as other numbers, one of mxt_stored_weights.
@@ -866,6 +1135,9 @@ class Snapshot {
   outcome<void> save(const std::string &dir) {
     return detail::finish(mxt_snapshot_save(get(), dir.c_str()));
   }
+  outcome<void> save(Files &files) {
+    return detail::finish(mxt_snapshot_save_to(get(), files.get()));
+  }
 
   // The C handle, which stays this object's.
   mxt_snapshot *get() const noexcept { return handle_.get(); }
@@ -908,8 +1180,24 @@ class Trainer {
     return detail::finish(status, Trainer(trainer));
   }
 
+  static outcome<Trainer> load(const Engine &engine, const Files &files) {
+    mxt_trainer *trainer = nullptr;
+    const mxt_status status = mxt_trainer_load_from(engine.get(), files.get(), nullptr, &trainer);
+    return detail::finish(status, Trainer(trainer));
+  }
+  static outcome<Trainer> load_as(const Engine &engine, const Files &files,
+                                  const std::string &optimizer) {
+    mxt_trainer *trainer = nullptr;
+    const mxt_status status =
+        mxt_trainer_load_from(engine.get(), files.get(), optimizer.c_str(), &trainer);
+    return detail::finish(status, Trainer(trainer));
+  }
+
   outcome<void> save(const std::string &dir) {
     return detail::finish(mxt_trainer_save(get(), dir.c_str()));
+  }
+  outcome<void> save(Files &files) {
+    return detail::finish(mxt_trainer_save_to(get(), files.get()));
   }
 
   // A copy of what save would write.

@@ -3,23 +3,27 @@
 use std::ffi::c_void;
 
 use super::Memory;
+use super::block::{Block, Kind};
 use crate::Result;
-use crate::reserve::reuse;
 
 /// Bytes on the host, of which a device that can copies large ones without a detour. They stay where
 /// they are until more are asked for.
+///
+/// NOTE: it stays as long as it was, for memory that was not used before is dear: the system clears
+/// it, page by page.
 #[derive(Default)]
 pub(crate) struct HostBuffer {
     // NOTE: before what it holds in place.
     pin: Option<Box<dyn Send + Sync>>,
-    words: Vec<f32>,
+    block: Option<Block>,
 }
 
 /// Less than this is not worth it, and may share a page with others.
 const LARGE: usize = 1 << 20;
 
 impl HostBuffer {
-    /// The first `len` bytes, to be overwritten; messages call them `what`.
+    /// The first `len` bytes, to be overwritten; messages call them `what`. Where there is an error,
+    /// there are none.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
@@ -29,22 +33,42 @@ impl HostBuffer {
         what: &'static str,
         len: usize,
     ) -> Result<&mut [u8]> {
-        let words = len.div_ceil(size_of::<f32>());
-        if self.words.len() < words {
+        if self.bytes().len() < len {
             self.pin = None;
-            reuse(&mut self.words, what, words)?;
+            self.block = None;
+            // Whole numbers of f32.
+            let size = len.next_multiple_of(size_of::<f32>());
+            let block = self.block.insert(Block::new(backend.supply(), Kind::Host, what, size)?);
             if len >= LARGE {
-                let memory = self.words.as_mut_ptr().cast::<c_void>();
+                let memory = block.base().as_ptr().cast::<c_void>();
                 // SAFETY: so many bytes of ours, which stay there for longer than the pin: it goes
                 // first, here and when this is dropped.
-                self.pin = unsafe { backend.pin(memory, 4 * self.words.len()) };
+                self.pin = unsafe { backend.pin(memory, block.len()) };
             }
         }
-        Ok(&mut bytemuck::cast_slice_mut(&mut self.words)[..len])
+        Ok(self.block.as_mut().map_or(&mut [], |block| &mut block.bytes_mut()[..len]))
+    }
+
+    /// The first `len` numbers; see [`HostBuffer::room`].
+    pub(crate) fn floats<B: Memory>(
+        &mut self,
+        backend: &B,
+        what: &'static str,
+        len: usize,
+    ) -> Result<&mut [f32]> {
+        if len == 0 {
+            return Ok(&mut []);
+        }
+        Ok(bytemuck::cast_slice_mut(self.room(backend, what, len * size_of::<f32>())?))
     }
 
     /// All that there ever was room for.
     pub(crate) fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.words)
+        self.block.as_ref().map_or(&[], Block::bytes)
+    }
+
+    /// [`HostBuffer::bytes`] as numbers.
+    pub(crate) fn as_floats(&self) -> &[f32] {
+        self.block.as_ref().map_or(&[], |block| bytemuck::cast_slice(block.bytes()))
     }
 }

@@ -6,7 +6,9 @@
 //! does.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
+use super::block::Supply;
 use super::{Precision, WorkspaceShape};
 use crate::Result;
 use crate::formats::Draw;
@@ -102,6 +104,8 @@ pub trait Memory: Send + Sync + Sized + 'static {
     /// split, and whether gradients can be in bf16.
     const HAS_COPIES: bool;
 
+    /// Where its large memory of the host comes from, and how much is in use.
+    fn supply(&self) -> &Arc<Supply>;
     /// An arena of `bytes` bytes, or for `None` one that only measures: it hands out buffers that
     /// must not be used and counts their bytes.
     fn arena(&self, bytes: Option<usize>) -> Result<Self::Arena>;

@@ -15,6 +15,7 @@
 //! shows at the next call that reads from it, as an error.
 
 mod attend;
+pub(crate) mod block;
 #[cfg(test)]
 mod conformance;
 pub mod cpu;
@@ -39,6 +40,7 @@ mod stream;
 
 pub use crate::optim::{Largest, OptimizerStep, StepSums, UpdateSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape, Documents, document_bytes};
+pub use block::Allocator;
 pub use decode::{Decode, DecoderWeights, OfSequence};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use exchange::{Bucket, Exchange, Reached};

@@ -9,10 +9,10 @@ use super::guard;
 use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
-use super::structs::{self, Options, versioned};
+use super::structs::{self, Options, Out, versioned};
 use super::user_data::UserData;
 use super::{arguments, structs::read_or_default};
-use crate::{CudaStream, Engine, EngineOptions, LogFn};
+use crate::{Allocator, CudaStream, Engine, EngineMemory, EngineOptions, LogFn};
 
 /// How much a log line matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +34,31 @@ pub enum mxt_log_level {
 /// return MXT_ERROR_BUSY.
 pub type mxt_log_fn =
     Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, level: i32, message: *const c_char)>;
+
+/// Gives `bytes` bytes of memory, at least one, at a multiple of `alignment`, a power of two, with
+/// whatever is in them; NULL where there is none, which is MXT_ERROR_OUT_OF_MEMORY of the call that
+/// needs them. Nothing else may use them until they are given to mxt_deallocate_fn.
+///
+/// Runs on the thread that is inside a call, and on several at once where several threads use the
+/// engine. It must not throw, longjmp, or call the library.
+pub type mxt_allocate_fn = Option<
+    unsafe extern "C-unwind" fn(
+        user_data: *mut c_void,
+        bytes: usize,
+        alignment: usize,
+    ) -> *mut c_void,
+>;
+
+/// Takes back memory, with the size and the alignment that it was asked for with. All else as for
+/// mxt_allocate_fn.
+pub type mxt_deallocate_fn = Option<
+    unsafe extern "C-unwind" fn(
+        user_data: *mut c_void,
+        memory: *mut c_void,
+        bytes: usize,
+        alignment: usize,
+    ),
+>;
 
 /// What an engine is made from. Fill it with mxt_engine_options_init.
 #[derive(Clone, Copy)]
@@ -75,13 +100,32 @@ pub struct mxt_engine_options {
     /// The ranks that train together, of which this engine is one; see mxt_group. mxt_engine_new is
     /// collective then. Borrowed for the call. NULL (default): it trains alone.
     pub group: *const mxt_group,
+    /// Gives large memory of the host in place of the system: on the CPU weights, gradients, states,
+    /// activations and workspaces, and on every device what snapshots copy. It is asked for some large
+    /// blocks by the calls that make models, trainers, decoders and snapshots, not by steps. NULL
+    /// (default): the system maps them.
+    pub allocate: mxt_allocate_fn,
+    /// Takes back what `allocate` gave. Must be there where that is.
+    pub deallocate: mxt_deallocate_fn,
+    /// Passed to the two. It must stay valid until the engine and everything made from it is freed, or
+    /// until `allocator_user_data_free` is called with it.
+    pub allocator_user_data: *mut c_void,
+    /// Called with `allocator_user_data` exactly once for each call of mxt_engine_new that succeeds,
+    /// when all memory is given back and the library will never call the two again; as
+    /// log_user_data_free. Where `allocate` is NULL, that is the end of mxt_engine_new itself. NULL
+    /// (default): nothing is called.
+    pub allocator_user_data_free: mxt_user_data_free_fn,
 }
 versioned!(
     mxt_engine_options,
     last = log_user_data: *mut c_void,
     then cuda_stream: *mut c_void,
     then log_user_data_free: mxt_user_data_free_fn,
-    then group: *const mxt_group
+    then group: *const mxt_group,
+    then allocate: mxt_allocate_fn,
+    then deallocate: mxt_deallocate_fn,
+    then allocator_user_data: *mut c_void,
+    then allocator_user_data_free: mxt_user_data_free_fn
 );
 
 impl Options for mxt_engine_options {
@@ -98,9 +142,39 @@ impl Options for mxt_engine_options {
             cuda_stream: std::ptr::null_mut(),
             log_user_data_free: None,
             group: std::ptr::null(),
+            allocate: None,
+            deallocate: None,
+            allocator_user_data: std::ptr::null_mut(),
+            allocator_user_data_free: None,
         }
     }
 }
+
+/// What an engine, and all that was made from it, has in use of large memory. Set struct_size to
+/// sizeof(mxt_memory_use) before the call that fills it. Beside that there are buffers of a call, and
+/// what a GPU's driver takes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_memory_use {
+    /// sizeof(mxt_memory_use), set by the caller.
+    pub struct_size: usize,
+    /// Bytes of the device that are in use now: weights, gradients, states, activations and workspaces
+    /// of models, trainers and decoders. Of the CPU, this is memory of the host.
+    pub device_bytes: u64,
+    /// The most of them at any time since the engine was made.
+    pub device_peak: u64,
+    /// The most bytes that the device has for all that runs there, or memory_limit of the engine where
+    /// that is less; 0 where the system does not say.
+    pub device_limit: u64,
+    /// Bytes of the host beside them that are in use now: snapshots.
+    pub host_bytes: u64,
+    /// The most of them at any time since the engine was made.
+    pub host_peak: u64,
+    /// The most bytes that the machine and the process's control groups give; 0 where the system does
+    /// not say.
+    pub host_limit: u64,
+}
+versioned!(mxt_memory_use, last = host_limit: u64);
 
 /// A device with its worker threads. Everything else is made from one. It is never changed, so any
 /// number of threads may use it at once. Make with mxt_engine_new, free with mxt_engine_free.
@@ -163,6 +237,14 @@ pub unsafe extern "C" fn mxt_engine_new(
         let options = read_or_default("options", options)?;
         let host = UserData::new(options.log_user_data, options.log_user_data_free);
         let host = Arc::new(host);
+        let allocator =
+            UserData::new(options.allocator_user_data, options.allocator_user_data_free);
+        let allocator = Arc::new(allocator);
+        let functions = match (options.allocate, options.deallocate) {
+            (None, None) => None,
+            (Some(allocate), Some(deallocate)) => Some((allocate, deallocate)),
+            _ => return Err(Failure::null("one of allocate and deallocate of the options")),
+        };
         let mut given = Given::new(options.group)?;
         let engine = Engine::new(EngineOptions {
             device: if options.device.is_null() {
@@ -177,15 +259,72 @@ pub unsafe extern "C" fn mxt_engine_new(
             cuda_stream: (!options.cuda_stream.is_null())
                 .then(|| CudaStream::from_raw(options.cuda_stream)),
             group: given.group.take(),
+            allocator: functions.map(|(allocate, deallocate)| {
+                let host = allocator.clone();
+                Box::new(HostAllocator { host, allocate, deallocate }) as Box<dyn Allocator>
+            }),
         })?;
         let device = CString::new(engine.device()).map_err(|error| {
             Failure::invalid("device", format!("expected a name without zero bytes: {error}"))
         })?;
         out.put(mxt_engine { state: State::new(), engine, device }.into_raw());
         host.keep();
+        allocator.keep();
         given.keep();
         Ok(())
     })
+}
+
+/// The host's functions for large memory.
+struct HostAllocator {
+    host: Arc<UserData>,
+    allocate: unsafe extern "C-unwind" fn(*mut c_void, usize, usize) -> *mut c_void,
+    deallocate: unsafe extern "C-unwind" fn(*mut c_void, *mut c_void, usize, usize),
+}
+
+// SAFETY: the header asks for memory of so many bytes that nothing else uses.
+unsafe impl Allocator for HostAllocator {
+    fn allocate(&self, bytes: usize, alignment: usize) -> *mut u8 {
+        let user_data = self.host.pointer;
+        // SAFETY: the header asks for a function that takes these.
+        float_mode::in_hosts(|| unsafe { (self.allocate)(user_data, bytes, alignment) }).cast()
+    }
+
+    unsafe fn deallocate(&self, memory: *mut u8, bytes: usize, alignment: usize) {
+        let user_data = self.host.pointer;
+        // SAFETY: as above, and it came from `allocate`, as promised by the caller.
+        float_mode::in_hosts(|| unsafe {
+            (self.deallocate)(user_data, memory.cast(), bytes, alignment);
+        });
+    }
+}
+
+/// Stores how much large memory `engine`, and all that was made from it, has in use in `*memory`, whose
+/// struct_size the caller has set. Any thread may call it at any time.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_memory(
+    engine: *const mxt_engine,
+    memory: *mut mxt_memory_use,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_engine_memory", engine, |engine| {
+            let out = Out::required("memory", memory)?;
+            let EngineMemory { device, host } = engine.engine.memory();
+            out.put(mxt_memory_use {
+                struct_size: size_of::<mxt_memory_use>(),
+                device_bytes: device.now,
+                device_peak: device.peak,
+                device_limit: device.limit,
+                host_bytes: host.now,
+                host_peak: host.peak,
+                host_limit: host.limit,
+            });
+            Ok(())
+        })
+    }
 }
 
 /// The name of the device: "cpu", or "cuda:0" for the first GPU. NULL if `engine` is NULL.

@@ -127,7 +127,8 @@ pub struct mxt_group {
     pub user_data: *mut c_void,
     /// Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
     /// library will never call the functions above again; as log_user_data_free of mxt_engine_options.
-    /// NULL (default): nothing is called.
+    /// Where there is one rank, that is the end of mxt_engine_new itself. NULL (default): nothing is
+    /// called.
     pub user_data_free: mxt_user_data_free_fn,
     /// Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot
     /// tell a rank that is gone from one that is slow, and the callbacks show one that is gone
@@ -220,14 +221,15 @@ impl Given {
         }
         // SAFETY: as promised by the caller.
         let options = unsafe { read("group", group) }?;
+        let host = Arc::new(UserData::new(options.user_data, options.user_data_free));
         let (all_to_all, all_gather) = match (options.all_to_all, options.all_gather) {
             (Some(all_to_all), Some(all_gather)) => (all_to_all, all_gather),
             _ if (options.rank, options.size) == (0, 1) => {
-                return Ok(Self { group: None, host: None });
+                return Ok(Self { group: None, host: Some(host) });
             }
             _ => return Err(Failure::null("all_to_all or all_gather of the group")),
         };
-        let mxt_group { rank, size, abort, user_data, user_data_free: free, .. } = options;
+        let mxt_group { rank, size, abort, .. } = options;
         if options.timeout_seconds == 0 {
             return Err(Failure::invalid("timeout_seconds", "expected at least 1, got 0"));
         }
@@ -239,7 +241,6 @@ impl Given {
             let message = format!("expected 0, got {}", options.reserved);
             return Err(Failure::invalid("reserved", message));
         }
-        let host = Arc::new(UserData::new(user_data, free));
         // What is no number of ranks is refused before anything is exchanged.
         let ranks = (size as usize).max(1);
         let collectives = Callbacks { host: host.clone(), ranks, all_to_all, all_gather, abort };

@@ -31,6 +31,7 @@ pub(super) enum Slot {
     Trainer,
     Decoder,
     Snapshot,
+    Files,
 }
 
 /// Replaces the text of a slot of this thread.
@@ -47,8 +48,8 @@ pub(super) fn text_of(slot: Slot) -> *const c_char {
 
 thread_local! {
     // Const-made and without destructor: no allocation, and valid until the thread is gone.
-    static BUFFERS: [UnsafeCell<Message>; 7] = const {
-        [const { UnsafeCell::new(Message::EMPTY) }; 7]
+    static BUFFERS: [UnsafeCell<Message>; 8] = const {
+        [const { UnsafeCell::new(Message::EMPTY) }; 8]
     };
 }
 

@@ -20,7 +20,7 @@
 //! | `arguments` | strings and arrays from the host |
 //! | `buffers` | arrays that may lie on a GPU |
 //! | `user_data` | the host's pointer for callbacks, and giving it back |
-//! | `version`, `engine`, `group`, `model`, `generate`, `decoder`, `dataset`, `trainer` (with `trainer_structs`), `batch`, `watch`, `run` | the functions |
+//! | `version`, `engine`, `group`, `model`, `generate`, `decoder`, `dataset`, `trainer` (with `trainer_structs`), `batch`, `snapshot`, `files` (with `file_callbacks`), `watch`, `run` | the functions |
 
 // The names are C names.
 #![allow(non_camel_case_types)]
@@ -35,6 +35,8 @@ mod cancel;
 mod dataset;
 mod decoder;
 mod engine;
+mod file_callbacks;
+mod files;
 mod float_mode;
 mod generate;
 mod group;
@@ -56,6 +58,8 @@ pub use batch::*;
 pub use dataset::*;
 pub use decoder::*;
 pub use engine::*;
+pub use file_callbacks::*;
+pub use files::*;
 pub use generate::*;
 pub use group::*;
 pub use message::*;
@@ -77,4 +81,5 @@ const _: () = {
     shareable::<mxt_trainer>();
     shareable::<mxt_decoder>();
     shareable::<mxt_snapshot>();
+    shareable::<mxt_files>();
 };

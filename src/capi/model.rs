@@ -492,7 +492,8 @@ pub unsafe extern "C" fn mxt_model_save_as(
     }
 }
 
-fn stored_weights(value: i32) -> Result<StoredWeights, Failure> {
+/// What a number of mxt_stored_weights stands for.
+pub(super) fn stored_weights(value: i32) -> Result<StoredWeights, Failure> {
     use mxt_stored_weights as C;
     let all = [
         (C::F32 as i32, "MXT_STORED_WEIGHTS_F32", StoredWeights::F32),

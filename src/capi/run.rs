@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::dataset::mxt_dataset;
+use super::files::{self, mxt_files};
 use super::handle::keep;
 use super::status::mxt_status_code::{
     MXT_ERROR_DEVICE, MXT_ERROR_MISMATCH, MXT_ERROR_PANIC, MXT_ERROR_PEER, MXT_ERROR_POISONED,
@@ -77,8 +78,11 @@ pub struct mxt_run_options {
     pub on_step: mxt_step_fn,
     /// Passed to on_step.
     pub user_data: *mut c_void,
+    /// Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call. They are
+    /// in use only inside each checkpoint, not while the callback runs.
+    pub save_files: *mut mxt_files,
 }
-versioned!(mxt_run_options, last = user_data: *mut c_void);
+versioned!(mxt_run_options, last = user_data: *mut c_void, then save_files: *mut mxt_files);
 
 impl Options for mxt_run_options {
     fn defaults() -> Self {
@@ -92,6 +96,7 @@ impl Options for mxt_run_options {
             save_every: 0,
             on_step: None,
             user_data: std::ptr::null_mut(),
+            save_files: std::ptr::null_mut(),
         }
     }
 }
@@ -114,7 +119,7 @@ pub struct mxt_run_result {
     pub last_eval_loss: f32,
     /// One of mxt_run_end.
     pub end: i32,
-    /// 1 if save_dir holds the trainer as it is now, else 0.
+    /// 1 if save_dir or save_files holds the trainer as it is now, else 0.
     pub saved: i32,
     /// Evaluations of this call that failed. The log has their messages.
     pub eval_errors: u64,
@@ -152,8 +157,8 @@ pub unsafe extern "C" fn mxt_run_options_init(
 /// result counts it, and the next one is tried when it is due. Where the last evaluation of the run
 /// failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 /// be done are, and after a failed evaluation they are also saved. Only an error of a step, a
-/// device that fails and a panic end the run; the steps before are then saved, if save_dir is given
-/// and the trainer usable. After any error mxt_trainer_steps_done counts the steps done, which can
+/// device that fails and a panic end the run; the steps before are then saved, if there is where to
+/// and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which can
 /// be saved (again), and `*result` is not written.
 ///
 /// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
@@ -198,12 +203,18 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
 
 const NAME: &str = "mxt_trainer_run";
 
+/// Where a run saves.
+enum Place {
+    Folder(PathBuf),
+    Files(Arc<mxt_files>),
+}
+
 /// A run between two steps.
 struct Run {
     trainer: Arc<mxt_trainer>,
     dataset: Arc<mxt_dataset>,
     eval_dataset: Option<Arc<mxt_dataset>>,
-    save_dir: Option<PathBuf>,
+    place: Option<Place>,
     options: mxt_run_options,
     result: mxt_run_result,
     /// Why the run ends before all steps are done.
@@ -233,17 +244,24 @@ impl Run {
             let options = read("options", options)?;
             let trainer = keep(trainer).ok_or_else(|| Failure::null("trainer"))?;
             let is_in_group = trainer.is_in_group();
-            let save_dir = match options.save_dir.is_null() {
-                true => None,
-                false => {
-                    Some(arguments::path_of_save("save_dir", options.save_dir, trainer.writes())?)
+            let place = match (options.save_dir.is_null(), options.save_files.is_null()) {
+                (true, true) => None,
+                (true, false) => Some(Place::Files(files::given(options.save_files)?)),
+                (false, true) => {
+                    let writes = trainer.writes();
+                    let dir = arguments::path_of_save("save_dir", options.save_dir, writes)?;
+                    Some(Place::Folder(dir))
+                }
+                (false, false) => {
+                    let message = "expected NULL where save_dir is given, too; got both";
+                    return Err(Failure::invalid("save_files", message));
                 }
             };
             Ok(Self {
                 trainer,
                 dataset: keep(dataset).ok_or_else(|| Failure::null("dataset"))?,
                 eval_dataset: keep(options.eval_dataset),
-                save_dir,
+                place,
                 options,
                 result: mxt_run_result {
                     struct_size: size_of::<mxt_run_result>(),
@@ -279,7 +297,7 @@ impl Run {
             ("eval_batches", eval_batches.to_string()),
             ("eval_dataset", has(self.eval_dataset.is_some())),
             ("save_every", save_every.to_string()),
-            ("save_dir", has(self.save_dir.is_some())),
+            ("save_dir or save_files", has(self.place.is_some())),
         ];
         self.trainer.exclusive(|trainer| Ok(trainer.compare(&values)?))
     }
@@ -418,8 +436,13 @@ impl Run {
     }
 
     fn save(&mut self, step: u64) -> Result<(), Failure> {
-        let Some(dir) = &self.save_dir else { return Ok(()) };
-        match self.trainer.exclusive(|trainer| Ok(trainer.save(dir)?)) {
+        let trainer = &self.trainer;
+        let saved = match &self.place {
+            None => return Ok(()),
+            Some(Place::Folder(dir)) => trainer.exclusive(|trainer| Ok(trainer.save(dir)?)),
+            Some(Place::Files(files)) => files.save_trainer(trainer),
+        };
+        match saved {
             Ok(()) => {
                 self.saved_at = Some(step);
                 Ok(())

@@ -26,6 +26,19 @@ impl mxt_snapshot {
     fn exclusive(&self) -> Result<MutexGuard<'_, Option<Snapshot>>, Failure> {
         self.copy.try_lock().map_err(refused)
     }
+
+    /// Runs `body` with what it holds.
+    pub(super) fn copy<R>(
+        &self,
+        body: impl FnOnce(&Snapshot) -> Result<R, Failure>,
+    ) -> Result<R, Failure> {
+        let copy = self.exclusive()?;
+        let Some(copy) = &*copy else {
+            let message = "holds nothing, for mxt_snapshot_renew failed; call that again";
+            return Err(Failure::invalid("snapshot", message));
+        };
+        body(copy)
+    }
 }
 
 impl Handle for mxt_snapshot {
@@ -121,12 +134,7 @@ pub unsafe extern "C" fn mxt_snapshot_save(
     unsafe {
         guard::method("mxt_snapshot_save", snapshot, |snapshot| {
             let dir = arguments::path("dir", dir)?;
-            let copy = snapshot.exclusive()?;
-            let Some(copy) = &*copy else {
-                let message = "holds nothing, for mxt_snapshot_renew failed; call that again";
-                return Err(Failure::invalid("snapshot", message));
-            };
-            Ok(copy.save(&dir)?)
+            snapshot.copy(|copy| Ok(copy.save(&dir)?))
         })
     }
 }

@@ -42,7 +42,7 @@ pub struct mxt_trainer {
 
 impl mxt_trainer {
     /// Of a trainer whose model has no handle yet.
-    fn with_model(trainer: Trainer) -> Result<*mut Self, Failure> {
+    pub(super) fn with_model(trainer: Trainer) -> Result<*mut Self, Failure> {
         let model = mxt_model::new(trainer.model().clone())?;
         Self::new(trainer, model)
     }

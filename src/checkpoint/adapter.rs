@@ -6,13 +6,16 @@
 //! may stand for several layers and be a pattern.
 
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::files::{Files, NewFiles, OpenFile, Place};
 use super::tensors::{self, FLOATS, TensorFile};
-use super::{TensorRead, check_is_file, folder, name_all, read_json};
+use super::{TensorRead, folder, name_all, of_set, read_json};
 use crate::gpt::{Lora, ModelConfig, TensorInfo};
+use crate::signals::file_limit_is_an_error;
 use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
@@ -21,17 +24,31 @@ const TENSORS: &str = "adapter_model.safetensors";
 /// In front of our names.
 const PREFIX: &str = "base_model.model.";
 
-/// Writes the folder, or leaves the one that is there untouched; `adapters` reads nothing else.
+/// Writes both files, or leaves those that are there untouched; `adapters` reads nothing else.
 ///
 /// # Errors
 /// As of `save` beside.
-pub(crate) fn save(dir: &Path, lora: &Lora, adapters: &dyn TensorRead) -> Result<()> {
-    folder::replace(dir, &[CONFIG, TENSORS], TENSORS, |new| {
-        folder::write_file(&new.join(CONFIG), to_json(lora).as_bytes())?;
-        let named = name_all(adapters, |name| format!("{PREFIX}{name}"));
-        tensors::write(&new.join(TENSORS), &named, &[("format", "pt".into())])?;
-        Ok(())
-    })
+pub(crate) fn save(place: Place<'_>, lora: &Lora, adapters: &dyn TensorRead) -> Result<()> {
+    match place {
+        Place::Folder(dir) => file_limit_is_an_error(|| {
+            folder::replace(dir, &[CONFIG, TENSORS], TENSORS, |new| {
+                write_files(&mut NewFiles::Folder(new), lora, adapters)
+            })
+        }),
+        Place::Files(files) => {
+            let mut new = NewFiles::Host(files.save().map_err(of_set("begin a save in"))?);
+            write_files(&mut new, lora, adapters)?;
+            let NewFiles::Host(save) = new else { return Ok(()) };
+            save.commit().map_err(of_set("commit a save in"))
+        }
+    }
+}
+
+fn write_files(new: &mut NewFiles<'_>, lora: &Lora, adapters: &dyn TensorRead) -> Result<()> {
+    new.put(CONFIG, to_json(lora).as_bytes())?;
+    let named = name_all(adapters, |name| format!("{PREFIX}{name}"));
+    tensors::write(new, TENSORS, &named, &[("format", "pt".into())])?;
+    Ok(())
 }
 
 fn to_json(lora: &Lora) -> String {
@@ -64,24 +81,44 @@ fn to_json(lora: &Lora) -> String {
     format!("{object:#}\n")
 }
 
-/// An open folder of adapters.
-pub(crate) struct AdapterFiles {
+/// The open files of adapters.
+pub(crate) struct AdapterFiles<'a> {
     path: PathBuf,
-    file: File,
+    file: OpenFile<'a>,
     lora: Lora,
 }
 
-impl AdapterFiles {
-    /// Opens the folder of adapters for a model of this shape.
+impl<'a> AdapterFiles<'a> {
+    /// Opens a folder of adapters for a model of this shape.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] for what is no such folder or has adapters of another kind;
     /// [`Error::Mismatch`] for those of another model.
     pub(crate) fn open(dir: &Path, model: &ModelConfig) -> Result<Self> {
-        let open = |name: &str| {
+        Self::open_by(model, |name| {
             let path = dir.join(name);
             let file = File::open(&path).map_err(Error::io("open", &path))?;
-            check_is_file(&path, &file)?;
+            Ok((path, OpenFile::Disk(file)))
+        })
+    }
+
+    /// The same of files without a folder.
+    pub(crate) fn open_in(files: &'a dyn Files, model: &ModelConfig) -> Result<Self> {
+        Self::open_by(model, |name| {
+            let path = Path::new(name);
+            let file = files.open(name).map_err(Error::io("open", path))?;
+            let none = || Error::io("open", path)(io::ErrorKind::NotFound.into());
+            Ok((path.to_owned(), OpenFile::Host(file.ok_or_else(none)?)))
+        })
+    }
+
+    fn open_by(
+        model: &ModelConfig,
+        open: impl Fn(&str) -> Result<(PathBuf, OpenFile<'a>)>,
+    ) -> Result<Self> {
+        let open = |name: &str| {
+            let (path, file) = open(name)?;
+            file.check_is_file(&path)?;
             Ok::<_, Error>((path, file))
         };
         let (config, text) = open(CONFIG)?;
@@ -93,8 +130,8 @@ impl AdapterFiles {
         lora.validate().map_err(|error| Error::format(&config, error.to_string()))?;
         let adapted = ModelConfig { lora: Some(lora), ..model.clone() };
         // Before anyone allocates memory for what a damaged file announces.
-        let (count, bytes) = (adapted.parameter_count() - model.parameter_count(), file.metadata());
-        let bytes = bytes.map_err(Error::io("open", &path))?.len();
+        let count = adapted.parameter_count() - model.parameter_count();
+        let bytes = file.size(&path)?;
         if count.saturating_mul(2) > bytes {
             let message = format!(
                 "{} adapters of rank {rank} for this model have {count} numbers, and the file has \

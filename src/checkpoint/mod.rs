@@ -13,6 +13,7 @@
 
 mod adapter;
 mod config;
+mod files;
 mod folder;
 mod found;
 mod in_place;
@@ -23,9 +24,8 @@ mod weights;
 
 use std::collections::HashSet;
 use std::fs::{File, FileType};
-use std::io;
 use std::ops::Deref;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fd::OwnedFd;
@@ -37,9 +37,13 @@ use crate::optim::State;
 use crate::optim::moments::{E4m3, F16, GROUP, is_tensor_scale};
 use crate::reserve::{self, Spare};
 use crate::run::TrainerState;
+use crate::signals::file_limit_is_an_error;
 use crate::{Error, Result};
 pub(crate) use adapter::{AdapterFiles, save as save_adapters};
 pub(crate) use config::FoundConfig;
+pub(crate) use files::Place;
+pub use files::{FileRead, FileSave, Files, MemoryFiles};
+use files::{NewFiles, OpenFile};
 pub(crate) use folder::{existing, put_back};
 pub(crate) use safetensors::tensor::Dtype;
 use stored::Stored;
@@ -158,20 +162,21 @@ pub(crate) struct Kept<'a> {
     pub(crate) tensors: &'a [TensorInfo],
 }
 
-/// Writes a whole checkpoint folder, or leaves the one that is there untouched.
+/// Writes a whole checkpoint, or leaves the one that is there untouched.
 ///
-/// `dir` and missing parents are created. Whatever else is in an existing checkpoint folder, such
-/// as a tokenizer, stays; a training state is replaced by `trainer` or removed, as it would not fit
-/// the new weights. Needs disk space for both checkpoints and memory for the largest tensor.
+/// A folder and its missing parents are created. Whatever else is in an existing checkpoint folder,
+/// such as a tokenizer, stays; a training state is replaced by `trainer` or removed, as it would not
+/// fit the new weights. Needs disk space for both checkpoints and memory for the largest tensor.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Format`] for a `dir` that must not be written to (a file, a folder with
+/// [`Error::Io`]; [`Error::Format`] for a folder that must not be written to (a file, a folder with
 /// other content and no checkpoint); [`Error::NotFinite`] for a NaN or infinite weight or moment.
 pub(crate) fn save(
-    dir: &Path,
-    ModelPart { config, found, weights, stored }: ModelPart<'_>,
+    place: Place<'_>,
+    model: ModelPart<'_>,
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
+    let ModelPart { config, found, weights, stored } = model;
     // Of its names, too, which MXFP4 doubles.
     let _spare_for_names = room_for_headers(weights.tensors().iter())?;
     let weights = &Stored::new(weights, stored) as &dyn TensorRead;
@@ -179,42 +184,67 @@ pub(crate) fn save(
     let others = trainer.iter().flat_map(|trainer| trainer.others).map(|(_, values)| *values);
     let tensors = states.chain(others).chain([weights]).flat_map(TensorRead::tensors);
     let _spare = room_for_headers(tensors)?;
-    folder::replace(dir, &FILES, MODEL, |new| {
-        folder::write_file(&new.join(CONFIG), config::to_json(config, found, stored).as_bytes())?;
-        let extra = [(SHAPE, config::summary(config))];
-        let named = name_all(weights, |name| name.to_owned());
-        let model = tensors::write(&new.join(MODEL), &named, &extra)?;
-
-        let Some(TrainerPart { state, states, others }) = &trainer else { return Ok(()) };
-        let kept = state.options.optimizer.states().iter().zip(*states);
-        let kept = kept.chain(others.iter().map(|(state, values)| (state, values)));
-        let named: Vec<_> =
-            kept.flat_map(|(state, values)| name_all(*values, |name| state.tensor(name))).collect();
-        let moments = tensors::write(&new.join(MOMENTS), &named, &[])?;
-        let path = new.join(STATE);
-        let text = state::to_json(&path, state, state::Sisters { model, moments })?;
-        folder::write_file(&path, text.as_bytes())
-    })
+    let model = ModelPart { config, found, weights, stored };
+    match place {
+        // NOTE: of a host's own files, a signal that it asked for is the host's.
+        Place::Folder(dir) => file_limit_is_an_error(|| {
+            folder::replace(dir, &FILES, MODEL, |new| {
+                write_files(&mut NewFiles::Folder(new), &model, trainer.as_ref())
+            })
+        }),
+        Place::Files(files) => {
+            let mut new = NewFiles::Host(files.save().map_err(of_set("begin a save in"))?);
+            write_files(&mut new, &model, trainer.as_ref())?;
+            let NewFiles::Host(save) = new else { return Ok(()) };
+            save.commit().map_err(of_set("commit a save in"))
+        }
+    }
 }
 
-/// An open checkpoint folder. Its files are of one save, even while another save replaces it: use
-/// one object for all parts of a load.
-pub(crate) struct Checkpoint {
-    /// The folder, for messages.
+/// An error of a set of files.
+fn of_set(action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    Error::io(action, Path::new("the host's files"))
+}
+
+/// Writes the files of a model that is named as it is stored.
+fn write_files(
+    new: &mut NewFiles<'_>,
+    &ModelPart { config, found, weights, stored }: &ModelPart<'_>,
+    trainer: Option<&TrainerPart<'_>>,
+) -> Result<()> {
+    new.put(CONFIG, config::to_json(config, found, stored).as_bytes())?;
+    let extra = [(SHAPE, config::summary(config))];
+    let named = name_all(weights, |name| name.to_owned());
+    let model = tensors::write(new, MODEL, &named, &extra)?;
+
+    let Some(TrainerPart { state, states, others }) = trainer else { return Ok(()) };
+    let kept = state.options.optimizer.states().iter().zip(*states);
+    let kept = kept.chain(others.iter().map(|(state, values)| (state, values)));
+    let named: Vec<_> =
+        kept.flat_map(|(state, values)| name_all(*values, |name| state.tensor(name))).collect();
+    let moments = tensors::write(new, MOMENTS, &named, &[])?;
+    let text = state::to_json(&new.path(STATE), state, state::Sisters { model, moments })?;
+    new.put(STATE, text.as_bytes())
+}
+
+/// An open checkpoint. The files of a folder are of one save, even while another save replaces it:
+/// use one object for all parts of a load.
+pub(crate) struct Checkpoint<'a> {
+    /// The folder, for messages; empty where there is none.
     dir: PathBuf,
     /// As [`FILES`]; None where there is no such file.
-    files: [Option<File>; 4],
+    files: [Option<OpenFile<'a>>; 4],
     /// In place of [`MODEL`]: the index, and the files that it names.
-    shards: Option<(Index, Vec<File>)>,
+    shards: Option<(Index, Vec<OpenFile<'a>>)>,
 }
 
-impl Checkpoint {
+impl<'a> Checkpoint<'a> {
     /// Opens the folder and the files that are there.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] for a folder without `config.json` or weights, or with a
     /// damaged index.
-    pub(crate) fn open(dir: &Path) -> Result<Self> {
+    pub(crate) fn open(dir: &Path) -> Result<Checkpoint<'static>> {
         const TRIES: usize = 16;
         for attempt in 1.. {
             let dir = folder::existing(dir);
@@ -223,7 +253,9 @@ impl Checkpoint {
             let folder = openat(CWD, &dir, flags, Mode::empty()).map_err(io)?;
             let files = open_files(&folder, &dir)?;
             let open = |name: &str| {
-                in_place::open_file(&folder, name).map_err(|e| cannot_open(&dir.join(name), e))
+                let opened = in_place::open_file(&folder, name);
+                let opened = opened.map_err(|e| cannot_open(&dir.join(name), e))?;
+                Ok(opened.map(OpenFile::Disk))
             };
             let shards = if files[1].is_none() { open_shards(&dir, &open)? } else { None };
             // A save may have replaced some of them, or the whole folder, while we opened them.
@@ -237,11 +269,39 @@ impl Checkpoint {
             if !is_whole && attempt < TRIES {
                 continue;
             }
-            let checkpoint = Self { dir, files, shards };
+            let files = files.map(|file| file.map(OpenFile::Disk));
+            let checkpoint = Checkpoint { dir, files, shards };
             checkpoint.check_complete()?;
             return Ok(checkpoint);
         }
         unreachable!("the last attempt returns")
+    }
+
+    /// Opens those of a set of files that there are.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub(crate) fn open_files(files: &'a dyn Files) -> Result<Self> {
+        let open = |name: &str| {
+            let opened = files.open(name).map_err(Error::io("open", Path::new(name)))?;
+            Ok(opened.map(OpenFile::Host))
+        };
+        let dir = PathBuf::new();
+        let [config, model, state, moments] = FILES.map(open);
+        let files = [config?, model?, state?, moments?];
+        let shards = if files[1].is_none() { open_shards(&dir, &open)? } else { None };
+        let checkpoint = Self { dir, files, shards };
+        checkpoint.check_complete()?;
+        Ok(checkpoint)
+    }
+
+    /// What messages call it.
+    pub(crate) fn path(&self) -> &Path {
+        if self.is_folder() { &self.dir } else { Path::new(MOMENTS) }
+    }
+
+    fn is_folder(&self) -> bool {
+        !self.dir.as_os_str().is_empty()
     }
 
     /// The model's shape, and the file that it was read from.
@@ -427,7 +487,14 @@ impl Checkpoint {
             // Whoever has a model of another kind need not convert it first to be told.
             config::from_json(&self.dir.join(CONFIG), &self.json(0)?)?;
         }
-        Err(found::no_checkpoint(&self.dir, has_config))
+        if self.is_folder() {
+            return Err(found::no_checkpoint(&self.dir, has_config));
+        }
+        let (missing, or) =
+            if has_config { (MODEL, ", and no index of several") } else { (CONFIG, "") };
+        let message =
+            format!("expected a file of this name, for a checkpoint has one; found none{or}");
+        Err(Error::format(Path::new(missing), message))
     }
 
     fn weight_files(&self) -> Result<Weights<'_>> {
@@ -438,7 +505,7 @@ impl Checkpoint {
         };
         let files = index.files.iter().zip(files).map(|(name, file)| {
             let path = self.dir.join(name);
-            check_is_file(&path, file)?;
+            file.check_is_file(&path)?;
             TensorFile::open(&path, file)
         });
         let (path, files) = (self.dir.join(INDEX), files.collect::<Result<_>>()?);
@@ -455,14 +522,14 @@ impl Checkpoint {
         read_json(&path, file)
     }
 
-    fn file(&self, index: usize) -> Result<(PathBuf, &File)> {
+    fn file(&self, index: usize) -> Result<(PathBuf, &OpenFile<'_>)> {
         let path = self.dir.join(FILES[index]);
         let Some(file) = &self.files[index] else {
-            let message = "no such file: the folder holds a model without its training state, \
+            let message = "no such file: there is a model without its training state, \
                            which a new trainer can start from but not resume";
             return Err(Error::format(&path, message));
         };
-        check_is_file(&path, file)?;
+        file.check_is_file(&path)?;
         Ok((path, file))
     }
 }
@@ -490,32 +557,29 @@ fn identities(files: &[Option<File>; 4]) -> [Option<(u64, u64)>; 4] {
 
 /// The index of a folder and the files that it names, where there is one; `open` opens a file of
 /// the folder.
-fn open_shards(
+fn open_shards<'a>(
     dir: &Path,
-    open: &impl Fn(&str) -> Result<Option<File>>,
-) -> Result<Option<(Index, Vec<File>)>> {
+    open: &impl Fn(&str) -> Result<Option<OpenFile<'a>>>,
+) -> Result<Option<(Index, Vec<OpenFile<'a>>)>> {
     let Some(file) = open(INDEX)? else { return Ok(None) };
     let path = dir.join(INDEX);
-    check_is_file(&path, &file)?;
+    file.check_is_file(&path)?;
     let index = Index::from_json(&path, &read_json(&path, &file)?)?;
     let files = index.files.iter().map(|name| {
         if let Some(file) = open(name)? {
             return Ok(file);
         }
-        found::check_link(&dir.join(name))?;
+        if !dir.as_os_str().is_empty() {
+            found::check_link(&dir.join(name))?;
+        }
         let message = format!(
-            "names the file {name}, which the folder does not have; get all {} files of the weights",
+            "names the file {name}, which is not there; get all {} files of the weights",
             index.files.len()
         );
         Err(Error::format(&path, message))
     });
     let files = files.collect::<Result<_>>()?;
     Ok(Some((index, files)))
-}
-
-fn check_is_file(path: &Path, file: &File) -> Result<()> {
-    let kind = file.metadata().map_err(Error::io("open", path))?.file_type();
-    if kind.is_file() { Ok(()) } else { Err(Error::format(path, not_a_file(kind))) }
 }
 
 /// The error for what the system does not open, of which sockets are a part.
@@ -553,14 +617,14 @@ impl Deref for JsonText {
     }
 }
 
-fn read_json(path: &Path, file: &File) -> Result<JsonText> {
-    let length = file.metadata().map_err(Error::io("open", path))?.len();
+fn read_json(path: &Path, file: &OpenFile<'_>) -> Result<JsonText> {
+    let length = file.size(path)?;
     if length > MAX_JSON {
         let message = format!("expected JSON of at most {MAX_JSON} bytes, found {length}");
         return Err(Error::format(path, message));
     }
     let mut text = reserve::zeros("a file of JSON", length as usize)?;
-    read_exact_at(path, file, &mut text, 0)?;
+    file.read_exact_at(path, &mut text, 0)?;
     found::check_fetched(path, &text)?;
     let spare = room_for_json(text.len())?;
     Ok(JsonText { text, _spare: spare })
@@ -584,20 +648,6 @@ fn room_for_headers<'a>(tensors: impl Iterator<Item = &'a TensorInfo>) -> Result
     const A_LETTER: usize = 20;
     let size = |tensor: &TensorInfo| A_TENSOR + A_LETTER * tensor.name.len();
     Spare::new("the headers of tensor files", tensors.map(size).sum())
-}
-
-/// Fills `out` with the bytes of a shared file from `offset` on; the file's position stays.
-fn read_exact_at(path: &Path, file: &File, out: &mut [u8], offset: u64) -> Result<()> {
-    file.read_exact_at(out, offset).map_err(|e| {
-        let what = match e.kind() {
-            io::ErrorKind::UnexpectedEof => {
-                "it ends before, and was longer when it was opened".into()
-            }
-            _ => e.to_string(),
-        };
-        let message = format!("expected {} bytes from byte {offset} on: {what}", out.len());
-        Error::io("read", path)(io::Error::new(e.kind(), message))
-    })
 }
 
 fn name_all<'a>(source: &'a dyn TensorRead, name: impl Fn(&str) -> String) -> Vec<Named<'a>> {

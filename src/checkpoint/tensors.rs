@@ -4,8 +4,6 @@
 //! to hexadecimal), where other readers ignore them; files without them are read unchecked.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -14,8 +12,8 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::StoredTensor;
-use super::folder::attempt;
-use super::{MAX_JSON, Scratch, TensorRead, found, read_exact_at, room_for_json};
+use super::files::{NewFiles, OpenFile};
+use super::{MAX_JSON, Scratch, TensorRead, found, room_for_json};
 use crate::formats::{decode_e2m1, decode_e8m0};
 use crate::optim::moments::{E4m3, Float};
 use crate::reserve::{Spare, reserve, zeros};
@@ -51,60 +49,92 @@ impl Named<'_> {
     fn dtype(&self) -> Dtype {
         self.source.dtype(self.index)
     }
+
+    /// Its size in the file.
+    fn bytes(&self) -> usize {
+        self.shape().iter().product::<usize>() * self.dtype().bitsize() / 8
+    }
 }
 
-/// Writes a new file and flushes it to the disk; `extra` joins the metadata. There is at least one
-/// tensor.
+/// Writes the new file `name`; `extra` joins the metadata. There is at least one tensor.
 ///
 /// # Errors
 /// [`Error::NotFinite`] for a NaN or infinite element: what cannot be loaded must not replace a
 /// checkpoint that can. [`Error::Io`].
 pub(super) fn write(
-    path: &Path,
+    files: &mut NewFiles<'_>,
+    name: &str,
     tensors: &[Named],
     extra: &[(&str, String)],
 ) -> Result<Fingerprint> {
-    let io = |e| Error::io("write", path)(e);
-    let file = attempt(|| File::create_new(path)).map_err(Error::io("create", path))?;
-    let mut out = BufWriter::with_capacity(1 << 16, &file);
+    let path = &files.path(name);
     let mut sums = zeros("the sums of a tensor file", tensors.len())?;
-    let blank = header(path, tensors, &sums, extra)?;
-    attempt(|| out.write_all(&blank)).map_err(io)?;
-    let (mut values, mut bytes, mut scratch) = (Vec::new(), Vec::new(), Scratch::default());
-    reserve(&mut bytes, "a piece of a tensor", PIECE)?;
+    let mut encoder = Encoder::new()?;
+    if files.are_in_order() {
+        for (tensor, sum) in tensors.iter().zip(&mut sums) {
+            *sum = encoder.encode(path, tensor, |_| Ok(()))?;
+        }
+    }
+    let first = header(path, tensors, &sums, extra)?;
+    let bytes = first.len() as u64 + tensors.iter().map(|t| t.bytes() as u64).sum::<u64>();
+    let mut file = files.create(name, bytes)?;
+    file.write(&first)?;
     for (tensor, sum) in tensors.iter().zip(&mut sums) {
+        *sum = encoder.encode(path, tensor, |bytes| file.write(bytes))?;
+    }
+    // The checksums have a fixed width, so the header with the true ones fits over the first one.
+    let header = header(path, tensors, &sums, extra)?;
+    debug_assert_eq!(header.len(), first.len());
+    if header != first {
+        file.write_over(&header)?;
+    }
+    file.close()?;
+    Ok(Fingerprint { bytes, header_crc32: hex(crc32fast::hash(&header)) })
+}
+
+/// Makes the bytes of tensors, in memory that the next one takes over.
+struct Encoder {
+    values: Vec<f32>,
+    bytes: Vec<u8>,
+    scratch: Scratch,
+}
+
+impl Encoder {
+    fn new() -> Result<Self> {
+        let mut bytes = Vec::new();
+        reserve(&mut bytes, "a piece of a tensor", PIECE)?;
+        Ok(Self { values: Vec::new(), bytes, scratch: Scratch::default() })
+    }
+
+    /// Hands the bytes of a tensor of the file `path` to `put`, in pieces, and returns their sum.
+    fn encode(
+        &mut self,
+        path: &Path,
+        tensor: &Named<'_>,
+        mut put: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<u32> {
+        let Self { values, bytes, scratch } = self;
         let mut crc = crc32fast::Hasher::new();
         let mut put = |bytes: &[u8]| {
             crc.update(bytes);
-            attempt(|| out.write_all(bytes)).map_err(io)
+            put(bytes)
         };
-        if let Some(codes) = tensor.source.codes(tensor.index, &mut scratch) {
+        if let Some(codes) = tensor.source.codes(tensor.index, scratch) {
             codes?.chunks(PIECE).try_for_each(put)?;
-            *sum = crc.finalize();
-            continue;
+            return Ok(crc.finalize());
         }
         let count = tensor.shape().iter().product();
-        reserve(&mut values, "a tensor", count)?;
+        reserve(values, "a tensor", count)?;
         values.resize(count, 0.0);
-        tensor.source.read(tensor.index, &mut values, &mut scratch)?;
-        check_finite(path, &tensor.name, &values)?;
+        tensor.source.read(tensor.index, values, scratch)?;
+        check_finite(path, &tensor.name, values)?;
         for part in values.chunks(PIECE / size_of::<f32>()) {
             bytes.clear();
-            encode(tensor.dtype(), part, &mut bytes);
-            put(&bytes)?;
+            encode(tensor.dtype(), part, bytes);
+            put(bytes)?;
         }
-        *sum = crc.finalize();
+        Ok(crc.finalize())
     }
-    // The checksums have a fixed width, so the header with the true ones fits over the blank one.
-    let header = header(path, tensors, &sums, extra)?;
-    debug_assert_eq!(header.len(), blank.len());
-    attempt(|| out.seek(SeekFrom::Start(0))).map_err(io)?;
-    attempt(|| out.write_all(&header)).map_err(io)?;
-    attempt(|| out.flush()).map_err(io)?;
-    drop(out);
-    attempt(|| file.sync_all()).map_err(Error::io("flush", path))?;
-    let bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
-    Ok(Fingerprint { bytes, header_crc32: hex(crc32fast::hash(&header)) })
 }
 
 /// The header with its length, padded to 8 bytes.
@@ -124,8 +154,8 @@ fn header(
     let mut end = 0;
     let infos = tensors.iter().map(|tensor| {
         let start = end;
+        end += tensor.bytes();
         let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
-        end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
         (tensor.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
     });
     let infos = Metadata::new(None, infos.collect())
@@ -156,7 +186,7 @@ const PIECE: usize = 1 << 18;
 /// whatever happens to the file meanwhile.
 pub(super) struct TensorFile<'a> {
     path: PathBuf,
-    file: &'a File,
+    file: &'a OpenFile<'a>,
     length: u64,
     header: Metadata,
     /// CRC-32 of the header and its length.
@@ -170,15 +200,15 @@ pub(super) struct TensorFile<'a> {
 
 impl<'a> TensorFile<'a> {
     /// Reads the header of `file`, which messages call `path`, and checks it.
-    pub(super) fn open(path: &Path, file: &'a File) -> Result<Self> {
+    pub(super) fn open(path: &Path, file: &'a OpenFile<'a>) -> Result<Self> {
         /// As much as tells what kind of file it is.
         const BEGINNING: usize = 1 << 10;
-        let length = file.metadata().map_err(Error::io("open", path))?.len();
+        let length = file.size(path)?;
         if length == 0 {
             return Err(Error::format(path, "expected a safetensors file, found an empty one"));
         }
         let mut text = vec![0; length.min(BEGINNING as u64) as usize];
-        read_exact_at(path, file, &mut text, 0)?;
+        file.read_exact_at(path, &mut text, 0)?;
         found::check_fetched(path, &text)?;
         let Some(size) = text.first_chunk().map(|b| u64::from_le_bytes(*b)) else {
             let message = format!(
@@ -198,7 +228,7 @@ impl<'a> TensorFile<'a> {
         reserve(&mut text, "the header of a tensor file", start)?;
         text.resize(start, 0);
         if let Some(rest) = text.get_mut(read..) {
-            read_exact_at(path, file, rest, read as u64)?;
+            file.read_exact_at(path, rest, read as u64)?;
         }
         let spare = room_for_json(start)?;
         let header = match serde_json::from_slice::<Metadata>(&text[PREFIX..]) {
@@ -362,7 +392,7 @@ impl<'a> TensorFile<'a> {
         let mut crc = crc32fast::Hasher::new();
         let mut at = self.start + info.data_offsets.0 as u64;
         for bytes in out.chunks_mut(PIECE) {
-            read_exact_at(&self.path, self.file, bytes, at)?;
+            self.file.read_exact_at(&self.path, bytes, at)?;
             at += bytes.len() as u64;
             if expected.is_some() {
                 crc.update(bytes);
@@ -403,7 +433,7 @@ impl<'a> TensorFile<'a> {
             }
             let bytes =
                 if is_as_stored { bytemuck::cast_slice_mut(values) } else { &mut buffer[..] };
-            read_exact_at(&self.path, self.file, bytes, at)?;
+            self.file.read_exact_at(&self.path, bytes, at)?;
             at += bytes.len() as u64;
             if expected.is_some() {
                 crc.update(bytes);
@@ -448,7 +478,7 @@ impl<'a> TensorFile<'a> {
                 reserve(bytes, "a piece of a tensor", len)?;
                 bytes.resize(len, 0);
                 let at = info.data_offsets.0 + first * bits / 8;
-                read_exact_at(&file.path, file.file, bytes, file.start + at as u64)?;
+                file.file.read_exact_at(&file.path, bytes, file.start + at as u64)?;
             }
             if a.dtype == b.dtype {
                 if bytes[0] != bytes[1] {

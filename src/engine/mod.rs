@@ -11,9 +11,10 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::backend::Device;
+use crate::backend::block::{Kind, Supply};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
+use crate::backend::{Allocator, Device, Memory, on_device};
 use crate::comm::{Call, Group, Ranks, Wire};
 use crate::{CudaStream, Error, MemoryRoom, Result};
 
@@ -53,6 +54,10 @@ pub struct EngineOptions {
     /// `eval` and `save`, and `snapshot` where states are sharded: all ranks make them, in the same
     /// order, with the same options.
     pub group: Option<Group>,
+    /// Gives large memory of the host: on the CPU weights, gradients, states, activations and
+    /// workspaces, and on every device what snapshots copy. It is dropped when all of that is. Without
+    /// it (default), the system maps it.
+    pub allocator: Option<Box<dyn Allocator>>,
 }
 
 impl Default for EngineOptions {
@@ -65,8 +70,30 @@ impl Default for EngineOptions {
             log: None,
             cuda_stream: None,
             group: None,
+            allocator: None,
         }
     }
+}
+
+/// Memory of one kind that an engine has in use; see [`Engine::memory`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Bytes now.
+    pub now: u64,
+    /// The most bytes at any time since the engine was made.
+    pub peak: u64,
+    /// The most bytes that there can be, for all that runs there; 0 where the system does not say.
+    pub limit: u64,
+}
+
+/// What an engine and all that was made from it have in use of large memory; see [`Engine::memory`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineMemory {
+    /// Of the device: weights, gradients, states, activations and workspaces of models, trainers and
+    /// decoders. Of the CPU, this is memory of the host.
+    pub device: MemoryUse,
+    /// Of the host beside it: snapshots.
+    pub host: MemoryUse,
 }
 
 /// A device and what belongs to it. Cheap to clone; clones share one thread pool.
@@ -143,9 +170,12 @@ impl Engine {
         Ok(engine)
     }
 
-    fn alone(options: EngineOptions) -> Result<Self> {
+    fn alone(mut options: EngineOptions) -> Result<Self> {
+        let allocator = options.allocator.take();
+        let supply = &Arc::new(Supply::new(allocator));
         let cpu = || -> Result<_> {
-            Ok(("cpu".to_owned(), Device::Cpu(Arc::new(Cpu::new(options.threads)?))))
+            let cpu = Cpu::new(options.threads)?.supplied(supply);
+            Ok(("cpu".to_owned(), Device::Cpu(Arc::new(cpu))))
         };
         let stream = options.cuda_stream;
         let warn = |line: String| {
@@ -153,7 +183,7 @@ impl Engine {
                 log(LogLevel::Warning, &line);
             }
         };
-        let cuda = |ordinal| Ok(Device::Cuda(Arc::new(Cuda::new(ordinal, stream, &warn)?)));
+        let cuda = |ordinal| Ok(Device::Cuda(Arc::new(Cuda::new(ordinal, stream, supply, &warn)?)));
         let mut passed_over = None;
         let (name, device) = match options.device.as_str() {
             "cpu" if stream.is_some() => {
@@ -315,6 +345,20 @@ impl Engine {
             room.available = room.available.min(own);
         }
         Some(room)
+    }
+
+    /// How much large memory the engine, and all that was made from it, has in use now and has had in
+    /// use at most. Beside that there are buffers of a call, and what a GPU's driver takes.
+    pub fn memory(&self) -> EngineMemory {
+        let supply = on_device!(self.backend(), backend => backend.supply());
+        let of = |kind, limit: Option<MemoryRoom>| {
+            let [now, peak] = supply.count(kind).get();
+            MemoryUse { now, peak, limit: limit.map_or(0, |room| room.limit) }
+        };
+        EngineMemory {
+            device: of(Kind::Device, self.memory_room()),
+            host: of(Kind::Host, MemoryRoom::of_host(Path::new("/"))),
+        }
     }
 
     /// An error if `bytes` in all, of which `fresh` are still to be allocated, can never be had,

@@ -31,7 +31,7 @@ use crate::backend::cuda::Cuda;
 use crate::backend::{
     Backend, Device, HostLoss, Sequences, StateLayout, StepPlan, Trained, on_device,
 };
-use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
+use crate::checkpoint::{Checkpoint, Files, Kept, Scratch, StateValues, TensorRead};
 use crate::comm::wire::Drawn;
 use crate::comm::{Call, Counts, Data, Ranks};
 use crate::data::{EvalWindows, Window};
@@ -243,7 +243,16 @@ impl Trainer {
     /// # Errors
     /// As [`Model::load`] and [`Trainer::new`].
     pub fn load(engine: &Engine, dir: &Path) -> Result<Self> {
-        Self::load_with(engine, dir, None)
+        Self::load_with(engine, || Checkpoint::open(dir), None)
+    }
+
+    /// [`Trainer::load`] of files that lie elsewhere than in a folder. They are read in pieces and
+    /// not held in memory as a whole. In a group every rank reads files of its own.
+    ///
+    /// # Errors
+    /// As [`Trainer::load`].
+    pub fn load_from(engine: &Engine, files: &dyn Files) -> Result<Self> {
+        Self::load_with(engine, || Checkpoint::open_files(files), None)
     }
 
     /// [`Trainer::load`], with moments, master weights and gradients that are kept from here on in
@@ -255,11 +264,23 @@ impl Trainer {
     /// As [`Trainer::load`], and [`Error::InvalidArgument`] for another optimizer than the saved
     /// one, or other settings of it.
     pub fn load_as(engine: &Engine, dir: &Path, stored: &Optimizer) -> Result<Self> {
-        Self::load_with(engine, dir, Some(stored))
+        Self::load_with(engine, || Checkpoint::open(dir), Some(stored))
     }
 
-    fn load_with(engine: &Engine, dir: &Path, stored: Option<&Optimizer>) -> Result<Self> {
-        Self::met(engine, || Self::load_alone(engine, dir, stored))
+    /// [`Trainer::load_as`] of files that lie elsewhere than in a folder.
+    ///
+    /// # Errors
+    /// As [`Trainer::load_as`].
+    pub fn load_from_as(engine: &Engine, files: &dyn Files, stored: &Optimizer) -> Result<Self> {
+        Self::load_with(engine, || Checkpoint::open_files(files), Some(stored))
+    }
+
+    fn load_with<'a>(
+        engine: &Engine,
+        open: impl FnOnce() -> Result<Checkpoint<'a>>,
+        stored: Option<&Optimizer>,
+    ) -> Result<Self> {
+        Self::met(engine, || Self::load_alone(engine, &open()?, stored))
     }
 
     /// A trainer that is made on all ranks of a group, and is the same there.
@@ -329,16 +350,19 @@ impl Trainer {
         ])
     }
 
-    fn load_alone(engine: &Engine, dir: &Path, stored: Option<&Optimizer>) -> Result<Self> {
-        let checkpoint = Checkpoint::open(dir)?;
+    fn load_alone(
+        engine: &Engine,
+        checkpoint: &Checkpoint<'_>,
+        stored: Option<&Optimizer>,
+    ) -> Result<Self> {
         let mut state = checkpoint.state()?;
         if let Some(stored) = stored {
             let saved = &mut state.options.optimizer;
             let Optimizer { kind, moments, master, gradients, .. } = stored;
             let keeps = |what: String, got: String| {
-                let dir = dir.display();
+                let place = checkpoint.path().display();
                 let message =
-                    format!("{dir} was trained with {what}, which a run keeps; got {got}");
+                    format!("{place} was trained with {what}, which a run keeps; got {got}");
                 Err(Error::invalid("optimizer", message))
             };
             if saved.kind != *kind {
@@ -354,11 +378,11 @@ impl Trainer {
                 engine.log(LogLevel::Warning, text);
             }
         }
-        let model = Model::from_checkpoint(engine, &checkpoint)?;
+        let model = Model::from_checkpoint(engine, checkpoint)?;
         let mut trainer = Self::with_state(&model, state)?;
         trainer.bounds = Bounds::UNKNOWN;
         let state = &trainer.state;
-        on_device!(&mut trainer.run, run => run.load_states(&checkpoint, &model, state, dir)?);
+        on_device!(&mut trainer.run, run => run.load_states(checkpoint, &model, state)?);
         Ok(trainer)
     }
 
@@ -936,11 +960,11 @@ impl<B: Backend> Run<B> {
 
     fn load_states(
         &mut self,
-        checkpoint: &Checkpoint,
+        checkpoint: &Checkpoint<'_>,
         model: &Model,
         state: &TrainerState,
-        dir: &Path,
     ) -> Result<()> {
+        let dir = checkpoint.path();
         let Self { model: on, buffers, .. } = self;
         let Flat { slots, states: flats, layouts, statistics, followed, .. } = &mut buffers.flat;
         let optimizer = state.options.optimizer;

@@ -7,16 +7,15 @@ use super::owners::Owners;
 use super::source::Source;
 use super::{Run, Trainer, follow, states};
 use crate::backend::{Backend, HostBuffer, Slot, StateLayout, on_device};
-use crate::checkpoint::{self, TensorRead, TrainerPart};
+use crate::checkpoint::{self, Files, Place, TensorRead, TrainerPart};
 use crate::comm::{Call, Ranks};
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::spam::STATISTICS;
 use crate::optim::{Master, Optimizer, State, master};
-use crate::reserve::{collect, reuse, zeros};
+use crate::reserve::{collect, zeros};
 use crate::room::MemoryRoom;
 use crate::run::TrainerState;
-use crate::signals::file_limit_is_an_error;
 use crate::{Error, Result};
 
 /// What else a checkpoint says, and how the buffers of a [`Source`] are laid out.
@@ -30,7 +29,7 @@ struct About<'a> {
     followed: &'a [State],
 }
 
-fn save(source: &dyn Source, about: &About<'_>, dir: &Path) -> Result<()> {
+fn save(source: &dyn Source, about: &About<'_>, place: Place<'_>) -> Result<()> {
     let &About { model, table, layouts, state, matrices, followed } = about;
     let (tensors, optimizer) = (model.tensors(), &state.options.optimizer);
     let kept = layouts.iter().zip(optimizer.states()).enumerate();
@@ -57,8 +56,7 @@ fn save(source: &dyn Source, about: &About<'_>, dir: &Path) -> Result<()> {
     let part = TrainerPart { state, states: &states, others: &others };
     let read = |slot: Slot, out: &mut [f32]| source.weights(slot, out);
     let weights = Exported { table, tensors, read };
-    let whole = model.part(&weights);
-    file_limit_is_an_error(|| checkpoint::save(dir, whole, Some(part)))
+    checkpoint::save(place, model.part(&weights), Some(part))
 }
 
 /// A trainer as it is on its device.
@@ -102,16 +100,15 @@ pub struct Snapshot {
     elements: usize,
     states: Vec<HostBuffer>,
     layouts: Vec<StateLayout>,
-    statistics: Vec<f32>,
+    statistics: HostBuffer,
     matrices: Vec<Matrix>,
-    followed: Vec<(State, Vec<f32>)>,
+    followed: Vec<(State, HostBuffer)>,
 }
 
 impl Source for Snapshot {
     fn weights(&self, slot: Slot, out: &mut [f32]) -> Result<()> {
         if !self.are_halves {
-            let all: &[f32] = bytemuck::cast_slice(self.weights.bytes());
-            out.copy_from_slice(&all[slot.range()]);
+            out.copy_from_slice(&self.weights.as_floats()[slot.range()]);
             return Ok(());
         }
         let all: &[u16] = bytemuck::cast_slice(self.weights.bytes());
@@ -128,12 +125,12 @@ impl Source for Snapshot {
     }
 
     fn statistics(&self, at: usize, out: &mut [f32]) -> Result<()> {
-        out.copy_from_slice(&self.statistics[at..][..out.len()]);
+        out.copy_from_slice(&self.statistics.as_floats()[at..][..out.len()]);
         Ok(())
     }
 
     fn followed(&self, number: usize, at: usize, out: &mut [f32]) -> Result<()> {
-        out.copy_from_slice(&self.followed[number].1[at..][..out.len()]);
+        out.copy_from_slice(&self.followed[number].1.as_floats()[at..][..out.len()]);
         Ok(())
     }
 }
@@ -149,6 +146,19 @@ impl Snapshot {
     /// # Errors
     /// Those of [`Trainer::save`]; [`Error::InvalidArgument`] for one of a rank that has only a part.
     pub fn save(&self, dir: &Path) -> Result<()> {
+        self.save_at(Place::Folder(dir))
+    }
+
+    /// Saves it as [`Trainer::save_to`] would have, when it was made.
+    ///
+    /// # Errors
+    /// Those of [`Trainer::save_to`]; [`Error::InvalidArgument`] for one of a rank that has only a
+    /// part.
+    pub fn save_to(&self, files: &mut dyn Files) -> Result<()> {
+        self.save_at(Place::Files(files))
+    }
+
+    fn save_at(&self, place: Place<'_>) -> Result<()> {
         if !self.is_whole {
             let message = "expected that of rank 0, which has the states of all ranks";
             return Err(Error::invalid("snapshot", message));
@@ -158,7 +168,8 @@ impl Snapshot {
         let followed = collect(WHAT, followed)?;
         on_device!(model.on_device(), on => {
             let table = &on.table;
-            save(self, &About { model, table, layouts, state, matrices, followed: &followed }, dir)
+            let about = About { model, table, layouts, state, matrices, followed: &followed };
+            save(self, &about, place)
         })
     }
 
@@ -169,11 +180,10 @@ impl Snapshot {
 
     /// Bytes of host memory that it takes, those of a longer one before it included.
     pub fn bytes(&self) -> u64 {
-        let of_floats = |floats: &Vec<f32>| 4 * floats.len() as u64;
         let of_buffer = |buffer: &HostBuffer| buffer.bytes().len() as u64;
         let states: u64 = self.states.iter().map(of_buffer).sum();
-        let followed: u64 = self.followed.iter().map(|(_, values)| of_floats(values)).sum();
-        of_buffer(&self.weights) + states + of_floats(&self.statistics) + followed
+        let followed: u64 = self.followed.iter().map(|(_, values)| of_buffer(values)).sum();
+        of_buffer(&self.weights) + states + of_buffer(&self.statistics) + followed
     }
 
     fn empty(model: &Model, state: &TrainerState) -> Self {
@@ -186,7 +196,7 @@ impl Snapshot {
             elements: 0,
             states: Vec::new(),
             layouts: Vec::new(),
-            statistics: Vec::new(),
+            statistics: HostBuffer::default(),
             matrices: Vec::new(),
             followed: Vec::new(),
         }
@@ -209,8 +219,22 @@ impl Trainer {
     /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its
     /// flushing failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&mut self, dir: &Path) -> Result<()> {
+        self.save_at(Place::Folder(dir))
+    }
+
+    /// [`Trainer::save`] to files that lie elsewhere than in a folder; their bytes are the same.
+    /// While it runs, `files` must not wait for anything that changes the model.
+    ///
+    /// # Errors
+    /// As [`Trainer::save`]; but for an error of [`crate::FileSave::commit`] itself, of which `files`
+    /// knows more, they are then what they were.
+    pub fn save_to(&mut self, files: &mut dyn Files) -> Result<()> {
+        self.save_at(Place::Files(files))
+    }
+
+    fn save_at(&mut self, place: Place<'_>) -> Result<()> {
         let engine = self.model.engine().clone();
-        let Some(ranks) = engine.ranks() else { return self.save_alone(dir) };
+        let Some(ranks) = engine.ranks() else { return self.save_alone(place) };
         let _group = ranks.until_panic();
         let step = self.state.step;
         ranks.agree(Call::Save { step }, Ok(()))?;
@@ -218,17 +242,17 @@ impl Trainer {
         ranks.compare(&[("the checksum of the weights", weights)])?;
         let saved = match ranks.shards_states {
             true => self.snapshot(None).and_then(|copy| match ranks.rank() {
-                0 => copy.save(dir),
+                0 => copy.save_at(place),
                 _ => Ok(()),
             }),
-            false if ranks.rank() == 0 => self.save_alone(dir),
+            false if ranks.rank() == 0 => self.save_alone(place),
             false => Ok(()),
         };
         let agreed = ranks.agree(Call::Saved { step }, saved.as_ref().copied());
         saved.and(agreed)
     }
 
-    fn save_alone(&mut self, dir: &Path) -> Result<()> {
+    fn save_alone(&mut self, place: Place<'_>) -> Result<()> {
         let (model, state) = (&self.model, &self.state);
         on_device!(&self.run, run => {
             let (weights, kept) = (run.model.read()?, run.buffers.flat.followed.kept(state));
@@ -241,7 +265,7 @@ impl Trainer {
                 matrices: run.buffers.flat.followed.matrices(),
                 followed: &followed,
             };
-            save(&live, &about, dir)
+            save(&live, &about, place)
         })
     }
 
@@ -357,12 +381,12 @@ impl<B: Backend> Run<B> {
                 live.state(number, own.scales, &mut to[place.scales..][..scales])?;
             }
         }
-        live.statistics(0, reuse(&mut copy.statistics, WHAT, statistics)?)?;
+        live.statistics(0, copy.statistics.floats(backend, WHAT, statistics)?)?;
         copy.followed.truncate(followed.len());
-        copy.followed.resize_with(followed.len(), || (followed[0], Vec::new()));
+        copy.followed.resize_with(followed.len(), || (followed[0], HostBuffer::default()));
         for (number, (of, to)) in copy.followed.iter_mut().enumerate() {
             *of = followed[number];
-            live.followed(number, 0, reuse(to, WHAT, of_blocks)?)?;
+            live.followed(number, 0, to.floats(backend, WHAT, of_blocks)?)?;
         }
         Ok(())
     }

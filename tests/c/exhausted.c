@@ -65,13 +65,14 @@ int madvise(void *address, size_t size, int advice) {
 /* clang-format off */
 enum call {
   ENGINE_NEW, MODEL_NEW, TRAINER_NEW, STEP, EVAL, SAVE, SAVE_AGAIN, TRAINER_LOAD, MODEL_LOAD,
-  GENERATE, NEXT_LOGITS, TENSOR_READ, TENSOR_WRITE, TENSOR_UNKNOWN, DATASET_TOKENS, DATASET_OPEN,
+  SAVE_TO, MODEL_SAVE_TO, TRAINER_LOAD_FROM, MODEL_LOAD_FROM, FILES_PUT, GENERATE, NEXT_LOGITS, TENSOR_READ, TENSOR_WRITE, TENSOR_UNKNOWN, DATASET_TOKENS, DATASET_OPEN,
   DATASET_GLOB, PLAN, GET_OPTIONS, TRAINER_MODEL, RUN, SET_LR,
   WATCH_UPDATES, WATCH_WEIGHTS, FREES, BUILD_INFO, CALLS
 };
 static const char *const CALL[CALLS] = {
   "engine_new", "model_new", "trainer_new", "step", "eval", "save", "save again", "trainer_load",
-  "model_load", "generate", "next_logits", "tensor_read", "tensor_write", "tensor_read of none",
+  "model_load", "trainer_save_to", "model_save_to", "trainer_load_from", "model_load_from",
+  "files_put", "generate", "next_logits", "tensor_read", "tensor_write", "tensor_read of none",
   "dataset_from_tokens", "dataset_open", "dataset_open of a pattern", "plan", "get_options",
   "trainer_model", "run", "set_lr", "watch_updates", "watch_weights", "frees", "build_info"
 };
@@ -81,6 +82,7 @@ static mxt_engine *engine, *new_engine_;
 static mxt_model *model, *new_model_;
 static mxt_trainer *trainer, *new_trainer_;
 static mxt_dataset *dataset, *new_dataset_;
+static mxt_files *files;
 static char checkpoint[4096], tokens_file[4096], pattern[4096];
 static uint32_t tokens[DATA];
 
@@ -105,6 +107,8 @@ static void prepare(enum call call) {
   step(trainer, dataset);
   if (call == SAVE_AGAIN || call == TRAINER_LOAD || call == MODEL_LOAD)
     OK(mxt_trainer_save(trainer, checkpoint));
+  OK(mxt_files_in_memory(&files));
+  if (call == TRAINER_LOAD_FROM || call == MODEL_LOAD_FROM) OK(mxt_trainer_save_to(trainer, files));
 }
 
 static mxt_status run(enum call call) {
@@ -134,6 +138,11 @@ static mxt_status run(enum call call) {
     case SAVE_AGAIN: return mxt_trainer_save(trainer, checkpoint);
     case TRAINER_LOAD: return mxt_trainer_load(engine, checkpoint, &new_trainer_);
     case MODEL_LOAD: return mxt_model_load(engine, checkpoint, &new_model_);
+    case SAVE_TO: return mxt_trainer_save_to(trainer, files);
+    case MODEL_SAVE_TO: return mxt_model_save_to(model, files, MXT_STORED_WEIGHTS_MXFP4);
+    case TRAINER_LOAD_FROM: return mxt_trainer_load_from(engine, files, NULL, &new_trainer_);
+    case MODEL_LOAD_FROM: return mxt_model_load_from(engine, files, &new_model_);
+    case FILES_PUT: return mxt_files_put(files, "tokens", tokens, sizeof tokens);
     case GENERATE:
       OK(mxt_generate_options_init(&generate, sizeof generate));
       generate.max_tokens = 8;
@@ -224,7 +233,7 @@ int main(int argc, char **argv) {
   for (int k = 0; k < KINDS; k++) {
     for (int call = 0; call < CALLS; call++) {
       int ends_here = 0, over = 0;
-      if (k == LARGE_ONCE && (call < SAVE || call > MODEL_LOAD)) continue;
+      if (k == LARGE_ONCE && (call < SAVE || call > FILES_PUT)) continue;
       for (long i = 0; !over; i += i < 12 || k == LARGE_ONCE ? 1 : STRIDE) {
         kind = (enum kind)k;
         index_of_failure = i;

@@ -116,6 +116,21 @@ static void end(void) {
     end(); \
   } while (0)
 
+/* A call on files: afterwards they refuse. */
+#define FILES_PANICS(call) \
+  do { \
+    mxt_files *files = NULL; \
+    start(); \
+    OK(mxt_files_in_memory(&files)); \
+    OK(mxt_files_put(files, "x", "x", 1)); \
+    PANICS(call); \
+    CHECK(strstr(mxt_files_last_error(files), "injected fault") != NULL); \
+    RETURNS(MXT_ERROR_POISONED, mxt_files_put(files, "x", "x", 1)); \
+    RETURNS(MXT_ERROR_POISONED, mxt_model_save_to(model, files, MXT_STORED_WEIGHTS_F32)); \
+    mxt_files_free(files); \
+    end(); \
+  } while (0)
+
 /* A call that makes something: nothing is made, the parent stays usable. */
 #define MAKING_PANICS(call, made) \
   do { \
@@ -153,6 +168,21 @@ static int32_t fill_packed(void *user_data, uint64_t number, uint32_t *to, float
   return fill(user_data, number, to, weights, length);
 }
 
+static int32_t no_file(void *user_data, const char *name, void **file, uint64_t *size) {
+  (void)user_data, (void)name, (void)file, (void)size;
+  return MXT_NO_SUCH_FILE;
+}
+
+static int32_t no_read(void *user_data, void *file, uint64_t offset, void *to, size_t count) {
+  (void)user_data, (void)file, (void)offset, (void)to, (void)count;
+  return 1;
+}
+
+static int32_t no_close(void *user_data, void *file) {
+  (void)user_data, (void)file;
+  return 0;
+}
+
 static void making(const char *tokens) {
   mxt_engine_options engine_options;
   mxt_group group;
@@ -169,6 +199,8 @@ static void making(const char *tokens) {
   mxt_trainer *other;
   mxt_snapshot *snapshot;
   mxt_dataset *other_dataset;
+  mxt_files *files, *archive;
+  mxt_file_callbacks callbacks;
   const uint32_t some[] = {1, 2, 3};
 
   PANICS(mxt_engine_options_init(&engine_options, sizeof engine_options));
@@ -180,6 +212,7 @@ static void making(const char *tokens) {
   PANICS(mxt_dataset_options_init(&dataset_options, sizeof dataset_options));
   PANICS(mxt_decoder_options_init(&decoder_options, sizeof decoder_options));
   PANICS(mxt_batch_init(&batch, sizeof batch));
+  PANICS(mxt_file_callbacks_init(&callbacks, sizeof callbacks));
 
   OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
   MAKING_PANICS(mxt_engine_new(&engine_options, &engine), engine);
@@ -197,6 +230,18 @@ static void making(const char *tokens) {
   mxt_trainer_free(other);
   MAKING_PANICS(mxt_model_load(engine, folder, &other_model), other_model);
   mxt_model_free(other_model);
+  MAKING_PANICS(mxt_files_in_memory(&files), files);
+  OK(mxt_trainer_save_to(trainer, files));
+  MAKING_PANICS(mxt_trainer_load_from(engine, files, NULL, &other), other);
+  mxt_trainer_free(other);
+  MAKING_PANICS(mxt_model_load_from(engine, files, &other_model), other_model);
+  mxt_model_free(other_model);
+  OK(mxt_file_callbacks_init(&callbacks, sizeof callbacks));
+  callbacks.open = no_file;
+  callbacks.read = no_read;
+  callbacks.close = no_close;
+  MAKING_PANICS(mxt_files_from_callbacks(&callbacks, &archive), archive);
+  mxt_files_free(archive);
   plan.struct_size = sizeof plan;
   PANICS(mxt_plan(engine, &config, &trainer_options, &plan));
   OK(mxt_plan(engine, &config, &trainer_options, &plan));
@@ -226,6 +271,8 @@ static void making(const char *tokens) {
   IS_NOTHING(mxt_model_parameter_count(model));
   IS_NOTHING(mxt_model_tensor_count(model));
   IS_NOTHING(mxt_dataset_token_count(dataset));
+  IS_NOTHING(mxt_files_count(files));
+  IS_NOTHING(mxt_files_name(files, 0));
   IS_NOTHING(mxt_trainer_steps_done(trainer));
   IS_NOTHING(mxt_trainer_schedule_start(trainer));
   TEXT_PANICS(mxt_engine_last_error(engine));
@@ -234,7 +281,9 @@ static void making(const char *tokens) {
   TEXT_PANICS(mxt_trainer_last_error(trainer));
   TEXT_PANICS(mxt_decoder_last_error(decoder));
   TEXT_PANICS(mxt_snapshot_last_error(snapshot));
+  TEXT_PANICS(mxt_files_last_error(files));
 
+  FREE_PANICS(mxt_files_free(files));
   FREE_PANICS(mxt_snapshot_free(snapshot));
   FREE_PANICS(mxt_decoder_free(decoder));
   FREE_PANICS(mxt_trainer_free(trainer));
@@ -329,8 +378,30 @@ int main(int argc, char **argv) {
   TRAINER_PANICS(mxt_trainer_run(trainer, dataset, &run, NULL));
   SNAPSHOT_PANICS(mxt_snapshot_save(snapshot, folder));
   SNAPSHOT_PANICS(mxt_snapshot_renew(snapshot, trainer));
+  mxt_files *memory = NULL;
+  const void *bytes = NULL;
+  OK(mxt_files_in_memory(&memory));
+  TRAINER_PANICS(mxt_trainer_save_to(trainer, memory));
+  SNAPSHOT_PANICS(mxt_snapshot_save_to(snapshot, memory));
+  MODEL_PANICS(mxt_model_save_to(model, memory, MXT_STORED_WEIGHTS_F32));
+  CHECK(mxt_files_count(memory) == 0);
+  mxt_files_free(memory);
+  FILES_PANICS(mxt_files_view(files, "x", &bytes, &written));
+  FILES_PANICS(mxt_files_put(files, "y", "y", 1));
+  FILES_PANICS(mxt_files_lend(files, "y", "y", 1, NULL, NULL));
+  FILES_PANICS(mxt_files_remove(files, "x"));
+  CHECK(bytes == NULL && written == 77);
   CHECK(stats.step == 77 && eval.tokens == 77 && other == NULL);
   CHECK(update.step == 77 && metrics.step == 77);
+
+  mxt_memory_use in_use;
+  in_use.struct_size = sizeof in_use;
+  in_use.host_limit = 77;
+  start();
+  PANICS(mxt_engine_memory(engine, &in_use));
+  RETURNS(MXT_ERROR_POISONED, mxt_engine_memory(engine, &in_use));
+  CHECK(in_use.host_limit == 77);
+  end();
 
   MODEL_PANICS(mxt_model_save(model, folder));
   MODEL_PANICS(mxt_model_save_as(model, folder, MXT_STORED_WEIGHTS_BF16));

@@ -104,6 +104,66 @@ static void log_user_data(const mxt_dataset *dataset) {
   CHECK(log.freed == 1);
 }
 
+static void count_free(void *user_data) { ++*(int *)user_data; }
+
+static int32_t copy_alone(void *user_data, const void *send, void *receive, size_t bytes) {
+  (void)user_data;
+  memcpy(receive, send, bytes);
+  return 0;
+}
+
+/* So is a group's: of one rank at once, whether or not there are functions. */
+static void group_user_data(void) {
+  mxt_engine_options options;
+  mxt_group group;
+  mxt_engine *engine = NULL;
+  int freed = 0;
+  OK(mxt_engine_options_init(&options, sizeof options));
+  OK(mxt_group_init(&group, sizeof group));
+  options.threads = 1;
+  options.group = &group;
+  group.user_data = &freed;
+  group.user_data_free = count_free;
+  for (int has_functions = 0; has_functions < 2; has_functions++) {
+    options.device = "abacus";
+    FAILS(MXT_ERROR_INVALID_ARGUMENT, "abacus", mxt_engine_new(&options, &engine));
+    CHECK(freed == has_functions);
+    options.device = NULL;
+    OK(mxt_engine_new(&options, &engine));
+    CHECK(freed == has_functions + 1);
+    mxt_engine_free(engine);
+    CHECK(freed == has_functions + 1);
+    group.all_to_all = copy_alone;
+    group.all_gather = copy_alone;
+  }
+}
+
+/* And those of datasets: with the last call that uses one. */
+static int32_t fill_zeros(void *user_data, uint64_t number, uint32_t *to, float *weights,
+                          size_t length) {
+  (void)user_data, (void)number, (void)weights;
+  memset(to, 0, (length + 1) * sizeof *to);
+  return 0;
+}
+
+static void dataset_user_data(void) {
+  static const uint16_t tokens[] = {1, 2, 3};
+  mxt_dataset *dataset = NULL;
+  int freed = 0;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "token_type",
+        mxt_dataset_from_memory(tokens, 3, 77, &freed, count_free, &dataset));
+  RETURNS(MXT_ERROR_NULL, mxt_dataset_from_windows(3, NULL, &freed, count_free, &dataset));
+  CHECK(freed == 0);
+  OK(mxt_dataset_from_memory(tokens, 3, MXT_TOKEN_TYPE_U16, &freed, count_free, &dataset));
+  CHECK(freed == 0);
+  mxt_dataset_free(dataset);
+  CHECK(freed == 1);
+  OK(mxt_dataset_from_windows(3, fill_zeros, &freed, count_free, &dataset));
+  CHECK(freed == 1);
+  mxt_dataset_free(dataset);
+  CHECK(freed == 2);
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 2);
   const char *folder = argv[1];
@@ -111,6 +171,8 @@ int main(int argc, char **argv) {
   mxt_model *model = new_model(engine);
   mxt_dataset *dataset = new_dataset();
   log_user_data(dataset);
+  group_user_data();
+  dataset_user_data();
   mxt_trainer *trainer = new_trainer(model);
 
   /* The trainer outlives engine and model. */

@@ -32,7 +32,7 @@ What holds everywhere:
   objects can be used from different threads. While a step runs, Julia's garbage collector waits for
   it, and other threads may have to wait for the collector.
 - Several GPUs, or machines, train one model as ranks of a [`Group`](@ref).
-- `load` and `save`, and `rank` and `ranks`, are not exported, because so many packages have functions
+- `load` and `save`, `memory`, and `rank` and `ranks`, are not exported, because so many packages have functions
   of these names: write `MXFP4Train.save`, or `using MXFP4Train: load, save`.
 
 The library is looked for at the path in the environment variable `MXFP4TRAIN_LIBRARY`, else, from
@@ -68,6 +68,7 @@ include("dataset.jl")
 include("trainer.jl")
 include("batch.jl")
 include("snapshot.jl")
+include("files.jl")
 include("run.jl")
 
 """

@@ -160,6 +160,93 @@ function on_abort(user_data::Ptr{Cvoid})::Cvoid
     return nothing
 end
 
+slot_store(user_data::Ptr{Cvoid}) = unsafe_load(Ptr{Any}(user_data))::StoreState
+slot_file(user_data::Ptr{Cvoid}, file::Ptr{Cvoid}) = slot_store(user_data).files[UInt(file)]
+
+function on_file_open(
+    user_data::Ptr{Cvoid},
+    name::Cstring,
+    file::Ptr{Ptr{Cvoid}},
+    size::Ptr{UInt64},
+)::Int32
+    is_there = Ref(false)
+    failed = guarded() do
+        state = slot_store(user_data)
+        opened = state.store.open(unsafe_string(name))
+        opened === nothing && return nothing
+        unsafe_store!(file, add!(state, opened))
+        is_there[] = true
+        unsafe_store!(size, UInt64(position(seekend(opened))))
+        return nothing
+    end
+    if failed == STOP
+        # C does not know of it, and closes nothing.
+        is_there[] && exchanged(() -> (close_file(user_data, unsafe_load(file)); nothing))
+        return Int32(-1)
+    end
+    return is_there[] ? GO_ON : Int32(Lib.MXT_NO_SUCH_FILE)
+end
+
+function on_file_read(
+    user_data::Ptr{Cvoid},
+    file::Ptr{Cvoid},
+    offset::UInt64,
+    to::Ptr{Cvoid},
+    count::Csize_t,
+)::Int32
+    return guarded() do
+        opened = slot_file(user_data, file)
+        seek(opened, Int(offset))
+        read!(opened, bytes_at(to, Int(count)))
+        return nothing
+    end
+end
+
+function on_file_close(user_data::Ptr{Cvoid}, file::Ptr{Cvoid})::Int32
+    return exchanged(() -> (close_file(user_data, file); nothing))
+end
+
+function close_file(user_data::Ptr{Cvoid}, file::Ptr{Cvoid})
+    return close(pop!(slot_store(user_data).files, UInt(file)))
+end
+
+on_files_begin(user_data::Ptr{Cvoid})::Int32 =
+    guarded(() -> (slot_store(user_data).store.begin_save(); nothing))
+
+function on_file_create(
+    user_data::Ptr{Cvoid},
+    name::Cstring,
+    size::UInt64,
+    file::Ptr{Ptr{Cvoid}},
+)::Int32
+    return guarded() do
+        state = slot_store(user_data)
+        unsafe_store!(file, add!(state, state.store.create(unsafe_string(name), Int(size))))
+        return nothing
+    end
+end
+
+function on_file_write(
+    user_data::Ptr{Cvoid},
+    file::Ptr{Cvoid},
+    from::Ptr{Cvoid},
+    count::Csize_t,
+)::Int32
+    return guarded() do
+        written = write(slot_file(user_data, file), bytes_at(from, Int(count)))
+        written == count || error("expected to write $count bytes, the IO took $written")
+        return nothing
+    end
+end
+
+on_files_commit(user_data::Ptr{Cvoid})::Int32 =
+    guarded(() -> (slot_store(user_data).store.commit(); nothing))
+
+function on_files_abort(user_data::Ptr{Cvoid})::Cvoid
+    exchanged(() -> (slot_store(user_data).store.abort(); nothing))
+    return nothing
+end
+
 # C's memory, as long as the callback runs.
 bytes_at(start::Ptr{Cvoid}, count) = Base.unsafe_wrap(Vector{UInt8}, Ptr{UInt8}(start), count)
 
@@ -180,6 +267,18 @@ all_to_all_function() =
     @cfunction(on_all_to_all, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, Ptr{Cvoid}, Csize_t))
 all_gather_function() =
     @cfunction(on_all_gather, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, Ptr{Cvoid}, Csize_t))
+file_open_function() =
+    @cfunction(on_file_open, Int32, (Ptr{Cvoid}, Cstring, Ptr{Ptr{Cvoid}}, Ptr{UInt64}))
+file_read_function() =
+    @cfunction(on_file_read, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, UInt64, Ptr{Cvoid}, Csize_t))
+file_close_function() = @cfunction(on_file_close, Int32, (Ptr{Cvoid}, Ptr{Cvoid}))
+files_begin_function() = @cfunction(on_files_begin, Int32, (Ptr{Cvoid},))
+file_create_function() =
+    @cfunction(on_file_create, Int32, (Ptr{Cvoid}, Cstring, UInt64, Ptr{Ptr{Cvoid}}))
+file_write_function() =
+    @cfunction(on_file_write, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, Ptr{Cvoid}, Csize_t))
+files_commit_function() = @cfunction(on_files_commit, Int32, (Ptr{Cvoid},))
+files_abort_function() = @cfunction(on_files_abort, Cvoid, (Ptr{Cvoid},))
 abort_function() = @cfunction(on_abort, Cvoid, (Ptr{Cvoid},))
 
 function log_level(level::Int32)

@@ -179,6 +179,20 @@ How many ranks an engine's [`Group`](@ref) has; 1 without a group.
 """
 ranks(engine::Engine) = Int(ask(Lib.mxt_engine_ranks, engine, 0))
 
+"""
+    MXFP4Train.memory(engine)
+
+How much large memory an engine, and all that was made from it, has in use, in bytes, as a named tuple:
+`device_bytes` (weights, gradients, states, activations, workspaces), `device_peak`, `device_limit`, and
+beside them on the host `host_bytes` (snapshots), `host_peak` and `host_limit`. Limits that the system
+does not say are 0.
+"""
+function memory(engine::Engine)
+    use = sized(Lib.mxt_memory_use)
+    call(() -> Lib.mxt_engine_memory(engine, use), engine)
+    return named(use[])
+end
+
 release(handle::Ptr{Lib.mxt_engine}) = Lib.mxt_engine_free(handle)
 Base.unsafe_convert(::Type{Ptr{Lib.mxt_engine}}, engine::Engine) = engine.handle
 

@@ -2,7 +2,7 @@
 
 """
     run!(trainer, dataset; steps, eval_dataset = nothing, eval_every = 0, eval_batches = 20,
-         save_dir = nothing, save_every = 0)
+         save_dir = nothing, save_every = 0, save_files = nothing)
     run!(f, trainer, dataset; ...)
 
 Does `steps` steps with evaluations and checkpoints.
@@ -22,7 +22,8 @@ a mistake and is an error.
 
 With `eval_dataset` the run evaluates whenever the number of steps done is a multiple of
 `eval_every`, and after the last step; with `save_dir` it saves likewise by `save_every`, and at its
-end, however it ends.
+end, however it ends. In its place `save_files` is a dictionary of names and bytes, or a
+[`MXFP4Train.FileStore`](@ref); what one throws ends the run, too.
 
 An evaluation or a save that fails does not end the run: the log gets a warning, and the next one is
 tried when it is due. Where the last one of its kind fails, `run!` throws that error at its end.
@@ -35,7 +36,7 @@ whatever task its first thread is at: where that is not the run's, catch the exc
 
 Returns a named tuple: `steps`, `tokens` and `seconds` of this call, `last_loss` and
 `last_eval_loss` (NaN if there was none), `ended` (`:finished`, `:callback` or `:request`), `saved`,
-whether `save_dir` holds the trainer as it is now, and `eval_errors` and `save_errors`, how many of
+whether `save_dir` or `save_files` holds the trainer as it is now, and `eval_errors` and `save_errors`, how many of
 them failed.
 """
 run!(trainer::Trainer, dataset::Dataset; fields...) = run!(do_nothing, trainer, dataset; fields...)
@@ -47,6 +48,7 @@ function run!(
     steps = nothing,
     eval_dataset::Union{Nothing,Dataset} = nothing,
     save_dir::Union{Nothing,AbstractString} = nothing,
+    save_files::Union{Nothing,FilePlace} = nothing,
     fields...,
 )
     if steps === nothing
@@ -55,20 +57,26 @@ function run!(
     slot = Slot(f)
     text = text_or_nothing("save_dir", save_dir)
     result = sized(Lib.mxt_run_result)
-    others = eval_dataset === nothing ? () : (eval_dataset,)
-    GC.@preserve slot text eval_dataset begin
+    files = save_files === nothing ? nothing : Files(store_of(save_files))
+    others = filter(!isnothing, (eval_dataset, files))
+    GC.@preserve slot text eval_dataset files begin
         managed = (
             steps = c_number(UInt64, "steps", steps),
             eval_dataset = eval_dataset === nothing ? C_NULL : eval_dataset.handle,
             save_dir = c_string(text),
             on_step = step_function(),
             user_data = slot_pointer(slot),
+            save_files = files === nothing ? C_NULL : files.handle,
         )
         how = Ref(filled(Lib.mxt_run_options, Lib.mxt_run_options_init, fields, managed))
-        catching_ctrl_c() do
-            call(trainer, dataset, others...) do
-                Lib.mxt_trainer_run(trainer, dataset, how, result)
+        try
+            catching_ctrl_c() do
+                call(trainer, dataset, others...) do
+                    Lib.mxt_trainer_run(trainer, dataset, how, result)
+                end
             end
+        finally
+            files === nothing || close(files)
         end
     end
     run = result[]

@@ -108,7 +108,7 @@ end
 
 IS_WHOLE && @testset "names" begin
     # Too many packages export these.
-    @test isempty(intersect(names(MXFP4Train), (:load, :save, :rank, :ranks)))
+    @test isempty(intersect(names(MXFP4Train), (:load, :save, :memory, :rank, :ranks)))
 end
 
 IS_WHOLE && @testset "lifetimes" begin
@@ -481,6 +481,143 @@ function smoothed(targets, smoothing)
             logit .= exp.(log_p) .- wanted
         end
     end
+end
+
+# A store in a dictionary, whose call number `fails_at` throws; what happened, in `log`.
+mutable struct Burning
+    files::Dict{String,Vector{UInt8}}
+    calls::Int
+    fails_at::Int
+    log::Vector{Symbol}
+end
+
+Burning() = Burning(Dict(), 0, 0, Symbol[])
+
+function burn(of::Burning, what)
+    of.calls += 1
+    push!(of.log, what)
+    of.calls == of.fails_at && throw(Enough(of.calls))
+    return nothing
+end
+
+# What is written, after it is closed.
+mutable struct Kept <: IO
+    of::Burning
+    name::String
+    bytes::Vector{UInt8}
+end
+
+function Base.unsafe_write(io::Kept, from::Ptr{UInt8}, count::UInt)
+    burn(io.of, :write)
+    append!(io.bytes, unsafe_wrap(Vector{UInt8}, from, count))
+    return Int(count)
+end
+
+Base.close(io::Kept) = burn(io.of, :close)
+
+function store_of(of::Burning)
+    fresh = Dict{String,Kept}()
+    return MXFP4Train.FileStore(
+        open = function (name)
+            burn(of, :open)
+            return haskey(of.files, name) ? IOBuffer(of.files[name]) : nothing
+        end,
+        begin_save = () -> (burn(of, :begin); empty!(fresh)),
+        create = function (name, size)
+            burn(of, :create)
+            return fresh[name] = Kept(of, name, UInt8[])
+        end,
+        commit = function ()
+            burn(of, :commit)
+            of.files = Dict(name => kept.bytes for (name, kept) in fresh)
+        end,
+        abort = () -> (push!(of.log, :abort); empty!(fresh)),
+    )
+end
+
+@testset "files without a folder" begin
+    trainer, dataset = new_trainer(), new_dataset()
+    step!(trainer, dataset)
+    files = Dict{String,Any}("tokenizer.json" => UInt8[1])
+    save(trainer, files)
+    of_folder = mktempdir() do folder
+        save(trainer, folder)
+        Dict(name => read(joinpath(folder, name)) for name in readdir(folder))
+    end
+    @test pop!(files, "tokenizer.json") == UInt8[1] && files == of_folder && length(files) == 4
+    copied = Dict{String,Vector{UInt8}}()
+    snapshot = Snapshot(trainer)
+    save(snapshot, copied)
+    @test copied == of_folder
+    # A store, of which every call throws in turn.
+    of = Burning()
+    store = store_of(of)
+    save(trainer, store)
+    @test of.files == of_folder && of.log[1] === :begin && of.log[end] === :commit
+    step!(trainer, dataset)
+    failures = 0
+    while true
+        of.calls, of.fails_at, of.log = 0, failures + 1, Symbol[]
+        exception = thrown(() -> save(trainer, store))
+        exception === nothing && break
+        failures += 1
+        @test exception === Enough(failures) && of.files == of_folder
+        @test of.log[end] === (failures == 1 ? :begin : :abort)
+    end
+    @test failures > 20 && of.log[end] === :commit && of.files != of_folder
+    failures, of.files = 0, of_folder
+    while true
+        of.calls, of.fails_at = 0, failures + 1
+        exception = thrown(() -> close(load(Trainer, new_engine(), store)))
+        exception === nothing && break
+        failures += 1
+        @test exception === Enough(failures)
+    end
+    @test failures == 4
+    # They go on from there.
+    of.fails_at = 0
+    straight = step!(load(Trainer, new_engine(), of_folder), dataset).loss
+    @test step!(load(Trainer, new_engine(), store), dataset).loss == straight
+    rounded = load(Trainer, new_engine(), of_folder; optimizer = "adamw,moments=int8")
+    @test options(rounded).optimizer == "adamw,moments=int8"
+    # A model alone: the training state would not fit.
+    save(Model(trainer), files; weights = :bf16)
+    @test sort(collect(keys(files))) == ["config.json", "model.safetensors"]
+    @test config(load(Model, new_engine(), files)) == config(Model(trainer))
+    @test status_of(() -> load(Trainer, new_engine(), files)) == Lib.MXT_ERROR_FORMAT
+    @test status_of(() -> load(Model, new_engine(), Dict{String,Any}())) == Lib.MXT_ERROR_FORMAT
+    @test refuses(() -> load(Model, new_engine(), Dict(1 => UInt8[])), ArgumentError, "names")
+    # A run saves there, too.
+    for place in (files, store)
+        seen = Int[]
+        ended = run!(trainer, dataset; steps = 2, save_every = 1, save_files = place) do _, _
+            push!(seen, length(files))
+        end
+        @test ended.saved && seen == [4, 4]
+        @test steps_done(load(Trainer, new_engine(), place)) == steps_done(trainer)
+    end
+    of.calls, of.fails_at, done = 0, 3, steps_done(trainer)
+    @test thrown(() -> run!(trainer, dataset; steps = 9, save_every = 1, save_files = store)) ===
+          Enough(3)
+    @test steps_done(trainer) == done + 1
+    # What is closed is closed.
+    save(Model(trainer), files)
+    close(snapshot)
+    @test status_of(() -> save(snapshot, files)) == Lib.MXT_ERROR_NULL
+    @test sort(collect(keys(files))) == ["config.json", "model.safetensors"]
+end
+
+IS_WHOLE && @testset "memory in use" begin
+    engine = new_engine()
+    @test MXFP4Train.memory(engine).device_bytes == 0
+    trainer = new_trainer(Model(engine; SMALL...))
+    use = MXFP4Train.memory(engine)
+    @test use.device_bytes == use.device_peak > 0 == use.host_bytes
+    @test use.device_limit > use.device_bytes
+    snapshot = Snapshot(trainer)
+    @test MXFP4Train.memory(engine).host_bytes > 0
+    close(snapshot)
+    @test MXFP4Train.memory(engine).host_bytes == 0 < MXFP4Train.memory(engine).host_peak
 end
 
 @testset "a step in parts" begin

@@ -40,7 +40,7 @@ def test_every_function_is_there_and_used():
     used = set(re.findall(r"\b_?lib(?:rary)?\.(mxt_\w+)", text))
     # Made of the struct's or the kind's name.
     used |= {f"{struct}_init" for struct in re.findall(r'options\(\s*"(mxt_\w+)"', text)}
-    kinds = ("engine", "model", "dataset", "decoder", "trainer", "snapshot")
+    kinds = ("engine", "model", "dataset", "decoder", "trainer", "snapshot", "files")
     used |= {f"mxt_{kind}_free" for kind in kinds}
     for name in functions:
         assert getattr(lib, name), name
@@ -57,6 +57,7 @@ def test_tuples_have_the_fields_of_the_structs():
         (mxt.EvalStats, "mxt_eval_stats"),
         (mxt.RunResult, "mxt_run_result"),
         (mxt.MemoryPlan, "mxt_memory_plan"),
+        (mxt.MemoryUse, "mxt_memory_use"),
         (mxt.ModelConfig, "mxt_model_config"),
         (mxt.TrainerOptions, "mxt_trainer_options"),
         (mxt.Coverage, "mxt_coverage"),
@@ -66,7 +67,7 @@ def test_tuples_have_the_fields_of_the_structs():
         # What None says in Python.
         named = [name for name in fields(struct) if name != "has_document_end"]
         assert list(kind._fields) == named, struct
-    assert len([it for it in vars(_stats).values() if hasattr(it, "_fields")]) == 9
+    assert len([it for it in vars(_stats).values() if hasattr(it, "_fields")]) == 10
 
 
 def test_functions_have_the_options_of_the_structs():
@@ -88,7 +89,8 @@ def test_functions_have_the_options_of_the_structs():
         given = set(inspect.signature(function).parameters) - others
         # What the package fills in by itself.
         managed = {"user_data", "user_data_free", "log_user_data", "log_user_data_free"}
-        managed |= {"stop_token_count", "count", "drafted", "accepted", "has_document_end"}
+        managed |= {"allocator_user_data", "allocator_user_data_free", "has_document_end"}
+        managed |= {"stop_token_count", "count", "drafted", "accepted"}
         if function == mxt.Decoder.generate:
             managed |= {"weights"}
         assert given == set(fields(struct)) - managed, function

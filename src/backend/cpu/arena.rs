@@ -1,7 +1,7 @@
-//! The arena: all memory of a model or a trainer, planned, mapped once and cut into buffers.
+//! The arena: all memory of a model or a trainer, planned, allocated once and cut into buffers.
 //!
 //! An arena is used twice with the same code. Measuring, it counts what is asked for and hands out
-//! empty buffers; then one mapping of exactly that size is made and cut. So the plan cannot differ
+//! empty buffers; then one block of exactly that size is made and cut. So the plan cannot differ
 //! from what is allocated.
 
 use std::marker::PhantomData;
@@ -9,50 +9,30 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use memmap2::MmapMut;
+use crate::Result;
+use crate::backend::block::{ALIGN, Block, Kind, Supply};
 
-use crate::{Error, Result};
-
-/// Buffers start at multiples of this many bytes: a cache line, and an AVX-512 register.
-const ALIGN: usize = 64;
-
-/// A bump allocator over one mapping.
+/// A bump allocator over one block, which the buffers share and keep alive.
 pub struct Arena {
-    mapping: Option<Arc<Mapping>>,
+    block: Option<Arc<Block>>,
     used: usize,
 }
-
-/// The mapping that the buffers of an arena share and keep alive.
-struct Mapping {
-    base: NonNull<u8>,
-    bytes: usize,
-    _memory: MmapMut,
-}
-
-// SAFETY: the mapping is plain memory; `base` is only read to cut disjoint buffers from it.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; there is no way to reach the memory through a shared `Mapping`.
-unsafe impl Sync for Mapping {}
 
 impl Arena {
     /// An arena that only counts.
     pub fn measuring() -> Self {
-        Self { mapping: None, used: 0 }
+        Self { block: None, used: 0 }
     }
 
-    /// An arena of `bytes` zeroed bytes.
+    /// An arena of `bytes` zeroed bytes, of the system's memory.
     pub fn mapped(bytes: usize) -> Result<Self> {
-        let failed = |e: std::io::Error| Error::OutOfMemory {
-            what: "the planned arena",
-            needed: bytes as u64,
-            limit: format!("which the system refuses ({e}); use a smaller batch or model"),
-        };
-        let mut memory = MmapMut::map_anon(bytes.max(1)).map_err(failed)?;
-        // Large pages spare the GEMMs most TLB misses. Where they are off, nothing is lost.
-        #[cfg(target_os = "linux")]
-        let _ = memory.advise(memmap2::Advice::HugePage);
-        let base = NonNull::new(memory.as_mut_ptr()).expect("a mapping is never at address 0");
-        Ok(Self { mapping: Some(Arc::new(Mapping { base, bytes, _memory: memory })), used: 0 })
+        Self::supplied(&Arc::default(), bytes)
+    }
+
+    /// An arena of `bytes` zeroed bytes of an engine's memory.
+    pub(crate) fn supplied(supply: &Arc<Supply>, bytes: usize) -> Result<Self> {
+        let block = Block::new(supply, Kind::Device, "the planned arena", bytes)?;
+        Ok(Self { block: Some(Arc::new(block)), used: 0 })
     }
 
     /// Bytes handed out so far.
@@ -67,14 +47,15 @@ impl Arena {
     pub fn alloc<T: bytemuck::Pod>(&mut self, len: usize) -> Buffer<T> {
         let start = self.used;
         self.used += (len * size_of::<T>()).next_multiple_of(ALIGN);
-        let Some(mapping) = &self.mapping else {
+        let Some(block) = &self.block else {
             return Buffer { ptr: NonNull::dangling(), len: 0, _keep: None, _type: PhantomData };
         };
-        assert!(self.used <= mapping.bytes, "an arena is cut as it was measured");
-        // SAFETY: `start + len * size` is within the mapping (checked above), and `start` is a
-        // multiple of 64 from a page boundary, so it is aligned for T.
-        let ptr = unsafe { mapping.base.add(start) }.cast();
-        Buffer { ptr, len, _keep: Some(mapping.clone()), _type: PhantomData }
+        assert!(self.used <= block.len(), "an arena is cut as it was measured");
+        // SAFETY: `start + len * size` is within the block (checked above), and both `start` and
+        // where the block begins are multiples of 64, so it is aligned for T. Pieces are disjoint,
+        // and nothing else reaches the block's bytes.
+        let ptr = unsafe { block.base().add(start) }.cast();
+        Buffer { ptr, len, _keep: Some(block.clone()), _type: PhantomData }
     }
 }
 
@@ -82,7 +63,7 @@ impl Arena {
 pub struct Buffer<T> {
     ptr: NonNull<T>,
     len: usize,
-    _keep: Option<Arc<Mapping>>,
+    _keep: Option<Arc<Block>>,
     _type: PhantomData<T>,
 }
 

@@ -1,9 +1,12 @@
 //! Memory of the CPU: everything is a slice of an arena, in f32.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear, lora, merge};
 use crate::Result;
+use crate::backend::block::Supply;
 use crate::backend::{FlatGradients, GradientPlace, Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::{self, Draw};
 use crate::optim::Master;
@@ -23,8 +26,12 @@ impl Memory for Cpu {
     const ALIGN: usize = 16;
     const HAS_COPIES: bool = false;
 
+    fn supply(&self) -> &Arc<Supply> {
+        &self.supply
+    }
+
     fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
-        bytes.map_or_else(|| Ok(Arena::measuring()), Arena::mapped)
+        bytes.map_or_else(|| Ok(Arena::measuring()), |bytes| Arena::supplied(&self.supply, bytes))
     }
 
     fn arena_used(&self, arena: &Arena) -> usize {

@@ -40,8 +40,11 @@ pub use isa::Isa;
 pub use select::Selection;
 pub use workspace::Workspace;
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
+use super::block::Supply;
 use super::{Backend, StepPlan};
 use crate::Result;
 use workers::Workers;
@@ -50,6 +53,7 @@ use workers::Workers;
 pub struct Cpu {
     isa: Isa,
     workers: Workers,
+    supply: Arc<Supply>,
 }
 
 impl Cpu {
@@ -61,7 +65,12 @@ impl Cpu {
     /// The same with a given instruction set.
     pub fn with_isa(threads: usize, isa: Isa) -> Result<Self> {
         assert!(isa.is_available(), "this processor has no {}", isa.name());
-        Ok(Self { isa, workers: Workers::start(threads)? })
+        Ok(Self { isa, workers: Workers::start(threads)?, supply: Arc::default() })
+    }
+
+    /// The same with memory that comes from `supply`.
+    pub(crate) fn supplied(self, supply: &Arc<Supply>) -> Self {
+        Self { supply: supply.clone(), ..self }
     }
 
     /// The instruction set of its kernels.

@@ -4,6 +4,7 @@
 //! pinned memory instead, while the GPU still works.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{self, CUresult, CUstream};
@@ -14,6 +15,7 @@ use super::embed::Tokens;
 use super::quantize::random;
 use super::{Cuda, Workspace, optimize};
 use crate::Result;
+use crate::backend::block::Supply;
 use crate::backend::{GradientPlace, Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::Draw;
 use crate::optim::{Master, master};
@@ -33,6 +35,10 @@ impl Memory for Cuda {
     /// What cuBLASLt likes best of the bf16 copies: 256 bytes.
     const ALIGN: usize = 128;
     const HAS_COPIES: bool = true;
+
+    fn supply(&self) -> &Arc<Supply> {
+        &self.gpu.supply
+    }
 
     fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
         match bytes {

@@ -43,6 +43,7 @@ pub(crate) use device::peers::Exported;
 pub(crate) use device::recordings::Recordings;
 pub(crate) use workspace::Workspace;
 
+use super::block::Supply;
 use super::{Backend, StepPlan, WorkspaceShape};
 use crate::formats::Format;
 use crate::{CudaStream, Error, Result};
@@ -66,10 +67,13 @@ impl Cuda {
     pub(crate) fn new(
         ordinal: usize,
         stream: Option<CudaStream>,
+        supply: &Arc<Supply>,
         warn: &dyn Fn(String),
     ) -> Result<Self> {
         let stream = stream.map(|stream| stream.as_raw().cast());
-        Self::of(Gpu::open(ordinal, stream, &kernels::FILES, warn)?)
+        let mut gpu = Gpu::open(ordinal, stream, &kernels::FILES, warn)?;
+        gpu.supply = supply.clone();
+        Self::of(gpu)
     }
 
     fn of(gpu: Gpu) -> Result<Self> {

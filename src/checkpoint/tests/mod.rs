@@ -7,6 +7,7 @@ mod stored;
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
 
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use tempfile::TempDir;
@@ -27,7 +28,7 @@ fn save(
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
     super::save(
-        dir,
+        Place::Folder(dir),
         ModelPart { config, found: None, weights, stored: StoredWeights::F32 },
         trainer,
     )

@@ -39,7 +39,7 @@ fn tensors_of_many_pieces_are_read_whole() {
     });
     fs::write(&path, serialize(views, None).unwrap()).unwrap();
 
-    let file = File::open(&path).unwrap();
+    let file = OpenFile::Disk(File::open(&path).unwrap());
     let file = TensorFile::open(&path, &file).unwrap();
     let mut values = Vec::new();
     for name in &names {

@@ -19,7 +19,7 @@ fn spread(config: &ModelConfig) -> Toy {
 }
 
 fn save_as(dir: &Path, config: &ModelConfig, weights: &Toy, stored: StoredWeights) -> Result<()> {
-    super::super::save(dir, ModelPart { config, found: None, weights, stored }, None)
+    super::super::save(Place::Folder(dir), ModelPart { config, found: None, weights, stored }, None)
 }
 
 fn loaded(dir: &Path, config: &ModelConfig) -> Vec<Vec<f32>> {

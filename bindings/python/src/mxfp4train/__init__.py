@@ -59,6 +59,7 @@ from ._errors import (
     TokenRange,
     Unsupported,
 )
+from ._files import Files, FileStore
 from ._library import lib as _lib
 from ._library import text_of as _text_of
 from ._model import LORA_LAYERS, Model
@@ -67,6 +68,7 @@ from ._stats import (
     Coverage,
     EvalStats,
     MemoryPlan,
+    MemoryUse,
     ModelConfig,
     RunResult,
     StepStats,
@@ -90,11 +92,14 @@ __all__ = [
     "Engine",
     "EvalStats",
     "FileError",
+    "FileStore",
+    "Files",
     "Forked",
     "FormatError",
     "Group",
     "InvalidArgument",
     "MemoryPlan",
+    "MemoryUse",
     "Mismatch",
     "Model",
     "ModelConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 import weakref
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 
 from ._arrays import view
 from ._calls import thrown, tuple_of
-from ._library import ffi, text_of
+from ._library import ffi, lib, text_of
 from ._stats import EvalStats, StepStats
 
 
@@ -230,6 +231,128 @@ def on_abort(user_data: Any) -> None:
     group = owned(user_data)
     if group is not None:
         exchanged(group.abort)
+
+
+# Files of a store, in C numbers that are no pointers.
+
+
+def file_of(user_data: Any, file: Any) -> Any:
+    """An open file, while its store is there."""
+    state = owned(user_data)
+    return None if state is None else state.files.get(address(file))
+
+
+@callback("mxt_file_open_fn", error=-1)
+def on_file_open(user_data: Any, name: Any, file: Any, size: Any) -> int:
+    found: list[Any] = []
+
+    def find(state: Any) -> None:
+        try:
+            opened = state.store.open(text_of(name))
+        except FileNotFoundError:
+            return
+        found.append(opened)
+        length = opened.seek(0, os.SEEK_END)
+        size[0] = opened.tell() if length is None else length
+        file[0] = ffi.cast("void *", state.add(opened))
+
+    state = owned(user_data)
+    if state is None or guarded(find, state) != 0:
+        return -1
+    return 0 if found else int(lib.MXT_NO_SUCH_FILE)
+
+
+@callback("mxt_file_read_fn")
+def on_file_read(user_data: Any, file: Any, offset: int, to: Any, count: int) -> int:
+    def read(opened: Any) -> None:
+        opened.seek(offset)
+        buffer = ffi.buffer(to, count)
+        done = 0
+        while done < count:
+            part = opened.read(count - done)
+            if not part:
+                raise EOFError(f"expected {count} bytes from byte {offset} on, got {done}")
+            buffer[done : done + len(part)] = part
+            done += len(part)
+
+    opened = file_of(user_data, file)
+    return 1 if opened is None else guarded(read, opened)
+
+
+@callback("mxt_file_close_fn")
+def on_file_close(user_data: Any, file: Any) -> int:
+    state = owned(user_data)
+    opened = None if state is None else state.files.pop(address(file), None)
+    return 1 if opened is None else in_the_end(opened.close)
+
+
+def in_the_end(function: Callable[[], Any]) -> int:
+    """Runs what is to be done also where a callback has thrown, which is what is raised."""
+    before = thrown.inside
+    try:
+        thrown.inside = 0
+        function()
+        return 0
+    except BaseException as exception:
+        return kept(exception)
+    finally:
+        thrown.inside = before
+
+
+@callback("mxt_files_begin_fn")
+def on_files_begin(user_data: Any) -> int:
+    state = owned(user_data)
+    return 1 if state is None else guarded(state.store.begin)
+
+
+@callback("mxt_file_create_fn")
+def on_file_create(user_data: Any, name: Any, size: int, file: Any) -> int:
+    def create(state: Any) -> None:
+        file[0] = ffi.cast("void *", state.add(state.store.create(text_of(name), size)))
+
+    state = owned(user_data)
+    return 1 if state is None else guarded(create, state)
+
+
+@callback("mxt_file_write_fn")
+def on_file_write(user_data: Any, file: Any, content: Any, count: int) -> int:
+    def write(opened: Any) -> None:
+        part = bytes(ffi.buffer(content, count))
+        while part:
+            done = opened.write(part)
+            # Raw files write a part, and say how much.
+            part = b"" if done is None else part[done:]
+
+    opened = file_of(user_data, file)
+    return 1 if opened is None else guarded(write, opened)
+
+
+@callback("mxt_files_commit_fn")
+def on_files_commit(user_data: Any) -> int:
+    state = owned(user_data)
+    return 1 if state is None else guarded(state.store.commit)
+
+
+@callback("mxt_files_abort_fn", error=None)
+def on_files_abort(user_data: Any) -> None:
+    state = owned(user_data)
+    if state is not None:
+        in_the_end(state.store.abort)
+
+
+@callback("mxt_allocate_fn", error=ffi.NULL)
+def on_allocate(user_data: Any, count: int, alignment: int) -> Any:
+    found: list[Any] = []
+    allocate, _ = ffi.from_handle(user_data)
+    if guarded(lambda: found.append(allocate(count, alignment))) != 0:
+        return ffi.NULL
+    return ffi.cast("void *", found[0] or 0)
+
+
+@callback("mxt_deallocate_fn", error=None)
+def on_deallocate(user_data: Any, memory: Any, count: int, alignment: int) -> None:
+    _, deallocate = ffi.from_handle(user_data)
+    in_the_end(lambda: deallocate(address(memory), count, alignment))
 
 
 def step_stats(struct: Any) -> StepStats:

@@ -83,7 +83,7 @@ class Handle:
 
     def _own(self, pointer: Any) -> None:
         """Owns `pointer` from now on."""
-        self._cell = _Cell(pointer, getattr(lib, f"mxt_{type(self).__name__.lower()}_free"))
+        self._cell = _Cell(pointer, getattr(lib, f"mxt_{self._kind()}_free"))
         self._finalizer = weakref.finalize(self, self._cell.close)
 
     @property
@@ -108,6 +108,10 @@ class Handle:
 
     def _description(self) -> str:
         return ""
+
+    def _kind(self) -> str:
+        """What C calls it."""
+        return type(self).__name__.lower()
 
     # Two objects with one pointer would free it twice.
     def __reduce__(self) -> Any:

@@ -7,6 +7,7 @@ CDEF = """
 #define MXT_ABI_VERSION 0
 #define MXT_MAX_RANK 4
 #define MXT_IGNORED 4294967295
+#define MXT_NO_SUCH_FILE 1
 typedef enum mxt_status_code {
   MXT_OK = 0,
   MXT_ERROR_NULL = -1,
@@ -102,6 +103,7 @@ typedef enum mxt_run_end {
 typedef struct mxt_dataset mxt_dataset;
 typedef struct mxt_decoder mxt_decoder;
 typedef struct mxt_engine mxt_engine;
+typedef struct mxt_files mxt_files;
 typedef struct mxt_model mxt_model;
 typedef struct mxt_snapshot mxt_snapshot;
 typedef struct mxt_trainer mxt_trainer;
@@ -132,6 +134,8 @@ typedef struct mxt_group {
   int32_t reserved;
 } mxt_group;
 typedef void (*mxt_log_fn)(void *user_data, int32_t level, const char *message);
+typedef void *(*mxt_allocate_fn)(void *user_data, size_t bytes, size_t alignment);
+typedef void (*mxt_deallocate_fn)(void *user_data, void *memory, size_t bytes, size_t alignment);
 typedef struct mxt_engine_options {
   size_t struct_size;
   const char *device;
@@ -143,7 +147,20 @@ typedef struct mxt_engine_options {
   void *cuda_stream;
   mxt_user_data_free_fn log_user_data_free;
   const struct mxt_group *group;
+  mxt_allocate_fn allocate;
+  mxt_deallocate_fn deallocate;
+  void *allocator_user_data;
+  mxt_user_data_free_fn allocator_user_data_free;
 } mxt_engine_options;
+typedef struct mxt_memory_use {
+  size_t struct_size;
+  uint64_t device_bytes;
+  uint64_t device_peak;
+  uint64_t device_limit;
+  uint64_t host_bytes;
+  uint64_t host_peak;
+  uint64_t host_limit;
+} mxt_memory_use;
 typedef struct mxt_model_config {
   size_t struct_size;
   size_t vocab_size;
@@ -307,6 +324,33 @@ typedef struct mxt_batch {
   void *user_data;
   const uint32_t *documents;
 } mxt_batch;
+typedef int32_t (*mxt_file_open_fn)(void *user_data, const char *name, void **file, uint64_t *size);
+typedef int32_t (*mxt_file_read_fn)(void *user_data,
+                                    void *file,
+                                    uint64_t offset,
+                                    void *to,
+                                    size_t count);
+typedef int32_t (*mxt_file_close_fn)(void *user_data, void *file);
+typedef int32_t (*mxt_files_begin_fn)(void *user_data);
+typedef int32_t (*mxt_file_create_fn)(void *user_data, const char *name, uint64_t size, void **file);
+typedef int32_t (*mxt_file_write_fn)(void *user_data, void *file, const void *from, size_t count);
+typedef int32_t (*mxt_files_commit_fn)(void *user_data);
+typedef void (*mxt_files_abort_fn)(void *user_data);
+typedef const char *(*mxt_files_error_fn)(void *user_data);
+typedef struct mxt_file_callbacks {
+  size_t struct_size;
+  void *user_data;
+  mxt_file_open_fn open;
+  mxt_file_read_fn read;
+  mxt_file_close_fn close;
+  mxt_files_begin_fn begin;
+  mxt_file_create_fn create;
+  mxt_file_write_fn write;
+  mxt_files_commit_fn commit;
+  mxt_files_abort_fn abort;
+  mxt_files_error_fn error;
+  mxt_user_data_free_fn user_data_free;
+} mxt_file_callbacks;
 typedef struct mxt_tensor_update {
   size_t struct_size;
   uint64_t step;
@@ -339,6 +383,7 @@ typedef struct mxt_run_options {
   uint64_t save_every;
   mxt_step_fn on_step;
   void *user_data;
+  struct mxt_files *save_files;
 } mxt_run_options;
 typedef struct mxt_run_result {
   size_t struct_size;
@@ -361,6 +406,8 @@ const char *mxt_last_error(void);
 mxt_status mxt_group_init(struct mxt_group *group, size_t struct_size);
 mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t struct_size);
 mxt_status mxt_engine_new(const struct mxt_engine_options *options, struct mxt_engine **engine);
+mxt_status mxt_engine_memory(const struct mxt_engine *engine,
+                             struct mxt_memory_use *memory);
 const char *mxt_engine_device(const struct mxt_engine *engine);
 size_t mxt_engine_threads(const struct mxt_engine *engine);
 uint64_t mxt_engine_seed(const struct mxt_engine *engine);
@@ -583,6 +630,43 @@ mxt_status mxt_snapshot_save(struct mxt_snapshot *snapshot,
                              const char *dir);
 const char *mxt_snapshot_last_error(const struct mxt_snapshot *snapshot);
 void mxt_snapshot_free(struct mxt_snapshot *snapshot);
+mxt_status mxt_file_callbacks_init(struct mxt_file_callbacks *callbacks, size_t struct_size);
+mxt_status mxt_files_from_callbacks(const struct mxt_file_callbacks *callbacks,
+                                    struct mxt_files **files);
+mxt_status mxt_files_in_memory(struct mxt_files **files);
+size_t mxt_files_count(const struct mxt_files *files);
+const char *mxt_files_name(const struct mxt_files *files,
+                           size_t index);
+mxt_status mxt_files_view(const struct mxt_files *files,
+                          const char *name,
+                          const void **bytes,
+                          size_t *count);
+mxt_status mxt_files_put(struct mxt_files *files,
+                         const char *name,
+                         const void *bytes,
+                         size_t count);
+mxt_status mxt_files_lend(struct mxt_files *files,
+                          const char *name,
+                          const void *bytes,
+                          size_t count,
+                          void *user_data,
+                          mxt_user_data_free_fn user_data_free);
+mxt_status mxt_files_remove(struct mxt_files *files, const char *name);
+mxt_status mxt_model_load_from(const struct mxt_engine *engine,
+                               struct mxt_files *files,
+                               struct mxt_model **model);
+mxt_status mxt_model_save_to(const struct mxt_model *model,
+                             struct mxt_files *files,
+                             int32_t weights);
+mxt_status mxt_trainer_load_from(const struct mxt_engine *engine,
+                                 struct mxt_files *files,
+                                 const char *optimizer,
+                                 struct mxt_trainer **trainer);
+mxt_status mxt_trainer_save_to(struct mxt_trainer *trainer,
+                               struct mxt_files *files);
+mxt_status mxt_snapshot_save_to(struct mxt_snapshot *snapshot, struct mxt_files *files);
+const char *mxt_files_last_error(const struct mxt_files *files);
+void mxt_files_free(struct mxt_files *files);
 mxt_status mxt_trainer_watch_updates(struct mxt_trainer *trainer, uint64_t every);
 mxt_status mxt_trainer_tensor_update(struct mxt_trainer *trainer,
                                      const char *tensor,

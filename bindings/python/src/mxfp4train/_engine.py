@@ -12,7 +12,7 @@ from . import _arrays as arrays
 from . import _callbacks as callbacks
 from ._calls import Handle, ask, call, choice, make, options, sized, text, tuple_of, whole
 from ._library import ffi, lib, text_of
-from ._stats import MemoryPlan
+from ._stats import MemoryPlan, MemoryUse
 
 # In the order of C's numbers, from 0.
 TRANSPORTS = ("auto", "host", "nccl", "peer")
@@ -98,6 +98,10 @@ class Engine(Handle):
     everything made from it. It is not 0, CUDA's default stream. `group` are the ranks that train
     together.
 
+    `allocate(bytes, alignment)` gives large memory of the host, such as weights on the CPU, as an
+    address, or None where there is none; `deallocate(address, bytes, alignment)` takes it back.
+    They must not use the library.
+
     Raises InvalidArgument, Unsupported (a device that is not there, with what to install),
     OutOfMemory, DeviceError; with a group Mismatch and PeerError.
     """
@@ -115,6 +119,8 @@ class Engine(Handle):
         log: Callable[[str, str], Any] | None = None,
         cuda_stream: int | None = None,
         group: Group | None = None,
+        allocate: Callable[[int, int], int | None] | None = None,
+        deallocate: Callable[[int, int, int], Any] | None = None,
     ) -> None:
         lent: list[callbacks.Owned] = []
         pointers: list[Any] = []
@@ -144,6 +150,15 @@ class Engine(Handle):
             lent.append(callbacks.Owned(group))
             pointers.append(lent[-1].pointer())
             given["group"] = group._struct(pointers[-1])
+        if (allocate is None) != (deallocate is None):
+            raise TypeError("expected both of allocate and deallocate, or none, got one")
+        if allocate is not None:
+            # NOTE: until the last memory is given back, also by what Python's collector frees.
+            pointers.append(callbacks.pointer_to((allocate, deallocate)))
+            given["allocate"] = callbacks.on_allocate
+            given["deallocate"] = callbacks.on_deallocate
+            given["allocator_user_data"] = pointers[-1]
+            given["allocator_user_data_free"] = callbacks.on_free
         struct = options("mxt_engine_options", given, keep)
         # The library calls these until the last object that was made from the engine is gone.
         # Each of those has them.
@@ -177,6 +192,12 @@ class Engine(Handle):
     def ranks(self) -> int:
         """How many ranks its group has; 1 without a group."""
         return ask(lib.mxt_engine_ranks, self, 0)
+
+    def memory(self) -> MemoryUse:
+        """How much large memory is in use, by the engine and all that was made from it."""
+        memory = sized("mxt_memory_use")
+        call(lib.mxt_engine_memory, self, memory)
+        return tuple_of(MemoryUse, memory)
 
     def plan(
         self, model: Mapping[str, Any] | None = None, trainer: Mapping[str, Any] | None = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Callable, Literal, overload
 
 import numpy as np
 
 from . import _arrays as arrays
-from ._calls import Handle, ask, call, choice, make, options, path, sized, tuple_of
+from . import _files as files
+from ._calls import Handle, ask, call, choice, make, options, sized, tuple_of
 from ._engine import Engine
 from ._generate import DECODER_WEIGHTS, sampled
 from ._library import ffi, lib
@@ -138,22 +138,31 @@ class Model(Handle):
         return model
 
     @classmethod
-    def load(cls, engine: Engine, folder: str | os.PathLike[Any]) -> Model:
+    def load(cls, engine: Engine, folder: files.Place) -> Model:
         """The model of a checkpoint folder, written by this library or by transformers (gpt2).
+
+        In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
+        or a `FileStore`.
 
         Raises FileError, FormatError, Mismatch, NotFinite, OutOfMemory.
         """
-        return cls._of(make("model", lib.mxt_model_load, engine, path("folder", folder)), engine)
+        found = files.files_of(folder)
+        if found is not None:
+            return cls._of(files.load("model", lib.mxt_model_load_from, engine, found), engine)
+        return cls._of(make("model", lib.mxt_model_load, engine, files.folder_of(folder)), engine)
 
-    def save(self, folder: str | os.PathLike[Any], *, weights: str = "f32") -> None:
+    def save(self, folder: files.Place, *, weights: str = "f32") -> None:
         """Saves weights and configuration; Hugging Face transformers opens the folder as gpt2.
+
+        In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
+        or a `FileStore`.
 
         `weights` is what they are stored as: "f32", "f16", "bf16", or "mxfp4", which this library
         alone reads. A failure leaves what was there before. Raises FileError, FormatError,
         NotFinite.
         """
         number = choice("weights", STORED_WEIGHTS, weights)
-        call(lib.mxt_model_save_as, self, path("folder", folder), number)
+        files.save(folder, lib.mxt_model_save_as, lib.mxt_model_save_to, self, number)
 
     @property
     def config(self) -> ModelConfig:

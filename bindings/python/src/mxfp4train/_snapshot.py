@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from ._calls import Handle, call, path
+from . import _files as files
+from ._calls import Handle, call
 from ._library import lib
 
 if TYPE_CHECKING:
@@ -39,6 +39,6 @@ class Snapshot(Handle):
         call(lib.mxt_snapshot_renew, self, trainer)
         self._lent = trainer._lent
 
-    def save(self, folder: str | os.PathLike[Any]) -> None:
+    def save(self, folder: files.Place) -> None:
         """Saves what the trainer was, as `Trainer.save` would have done then."""
-        call(lib.mxt_snapshot_save, self, path("folder", folder))
+        files.save(folder, lib.mxt_snapshot_save, lib.mxt_snapshot_save_to, self)

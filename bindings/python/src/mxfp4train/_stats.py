@@ -96,6 +96,23 @@ class MemoryPlan(NamedTuple):
     """Sums of lanes that are kept until others are added to them."""
 
 
+class MemoryUse(NamedTuple):
+    """What an engine, and all that was made from it, has in use of large memory, in bytes."""
+
+    device_bytes: int
+    """Of the device now: weights, gradients, states, activations, workspaces."""
+    device_peak: int
+    """The most of them since the engine was made."""
+    device_limit: int
+    """What the device has for all that runs there, or the engine's `memory_limit`; 0: unknown."""
+    host_bytes: int
+    """Of the host beside them now: snapshots."""
+    host_peak: int
+    """The most of them since the engine was made."""
+    host_limit: int
+    """What the machine and the process's control groups give; 0: unknown."""
+
+
 class ModelConfig(NamedTuple):
     """The shape of a model; see `Model`."""
 

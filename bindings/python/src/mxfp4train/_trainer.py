@@ -11,6 +11,7 @@ import numpy as np
 
 from . import _arrays as arrays
 from . import _callbacks as callbacks
+from . import _files as files
 from ._callbacks import step_stats
 from ._calls import (
     Handle,
@@ -188,33 +189,42 @@ class Trainer(Handle):
         self._step_rows = how.accumulation * how.batch_size // self._ranks, how.sequence_length + 1
 
     @classmethod
-    def load(
-        cls, engine: Engine, folder: str | os.PathLike[Any], *, optimizer: str | None = None
-    ) -> Trainer:
+    def load(cls, engine: Engine, folder: files.Place, *, optimizer: str | None = None) -> Trainer:
         """Loads what `save` wrote. The next steps are the same, bit for bit, as if never stopped.
+
+        In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
+        or a `FileStore`.
 
         With an `optimizer`, which must be the saved one, moments are kept from here on in what it
         says, such as "adamw,moments=int8". The seed is the checkpoint's.
 
         Raises FileError, FormatError, Mismatch, NotFinite, Unsupported, OutOfMemory.
         """
-        where = path("folder", folder)
-        if optimizer is None:
-            pointer = make("trainer", lib.mxt_trainer_load, engine, where)
+        found = files.files_of(folder)
+        mover = text("optimizer", optimizer)
+        if found is not None:
+            function = lib.mxt_trainer_load_from
+            given = ffi.NULL if mover is None else mover
+            pointer = files.load("trainer", function, engine, found, given)
+        elif mover is None:
+            pointer = make("trainer", lib.mxt_trainer_load, engine, files.folder_of(folder))
         else:
-            mover = text("optimizer", optimizer)
+            where = files.folder_of(folder)
             pointer = make("trainer", lib.mxt_trainer_load_as, engine, where, mover)
         trainer = cls.__new__(cls)
         trainer._set(pointer, engine)
         return trainer
 
-    def save(self, folder: str | os.PathLike[Any]) -> None:
+    def save(self, folder: files.Place) -> None:
         """Saves model, moments, options and position to a folder, which is made if need be.
+
+        In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
+        or a `FileStore`.
 
         A failure, or a kill at any instant, leaves a whole checkpoint there. Hugging Face
         transformers opens it as gpt2. Raises FileError, FormatError, NotFinite, Busy.
         """
-        call(lib.mxt_trainer_save, self, path("folder", folder))
+        files.save(folder, lib.mxt_trainer_save, lib.mxt_trainer_save_to, self)
 
     def snapshot(self) -> Snapshot:
         """A copy of what `save` would write, for another thread to save."""
@@ -457,13 +467,15 @@ class Trainer(Handle):
         eval_batches: int | None = None,
         save_dir: str | os.PathLike[Any] | None = None,
         save_every: int | None = None,
+        save_files: files.Place | None = None,
         on_step: OnStep | None = None,
     ) -> RunResult:
         """Does `steps` steps on a dataset, with evaluations, checkpoints and a callback.
 
         With `eval_dataset` the run evaluates on at most `eval_batches` batches (20; 0 is all)
         whenever the number of steps done is a multiple of `eval_every`, and after the last step.
-        With `save_dir` it saves likewise by `save_every`, and at its end, however it ends.
+        With `save_dir`, or `save_files` in its place (see `save`), it saves likewise by
+        `save_every`, and at its end, however it ends.
 
         `on_step(step, evaluation)` is called after each step, `evaluation` being None where none
         followed it. It may use the trainer: save, evaluate, set_lr, generate, even close it. The
@@ -473,11 +485,19 @@ class Trainer(Handle):
         its next step or batch; the run saves, and then KeyboardInterrupt is raised.
 
         An evaluation or a save that fails does not end the run; where the last one of its kind
-        failed, that error is raised at its end. An error of a step ends the run, after a save.
+        failed, that error is raised at its end. An error of a step ends the run, after a save. What
+        a mapping or a store raises ends the run, too.
         """
         keep: list[Any] = []
+        held: dict[str, Handle] = {}
+        if eval_dataset is not None:
+            held["eval_dataset"] = eval_dataset
+        if save_files is not None:
+            found = files.files_of(save_files)
+            if found is None:
+                raise TypeError(f"save_files: expected files without a folder, got {save_files!r}")
+            held["save_files"] = found
         # NOTE: there always is a callback: Ctrl-C comes in there, too.
-        held = () if eval_dataset is None else (eval_dataset,)
         given = {
             "steps": whole("steps", steps, "uint64_t"),
             "eval_every": eval_every,
@@ -490,14 +510,14 @@ class Trainer(Handle):
         how = options("mxt_run_options", given, keep)
         result = sized("mxt_run_result")
 
-        def run(trainer: Any, data: Any, *evaluation: Any) -> int:
-            if evaluation:
-                how.eval_dataset = evaluation[0]
+        def run(trainer: Any, data: Any, *pointers: Any) -> int:
+            for name, pointer in zip(held, pointers):
+                setattr(how, name, pointer)
             status: int = lib.mxt_trainer_run(trainer, data, how, result)
             return status
 
         with Interrupts(self.request_stop, self.clear_stop):
-            call(run, self, dataset, *held)
+            call(run, self, dataset, *held.values())
         return tuple_of(RunResult, result, end=RUN_ENDS[result.end], saved=bool(result.saved))
 
     def request_stop(self) -> None:

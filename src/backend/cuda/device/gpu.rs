@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
@@ -17,6 +17,7 @@ use super::cache::Cache;
 use super::capture::{self, Redraw};
 use super::compile::{self, Compiled, File, c_string};
 use super::folders::{CUDA, Folders};
+use crate::backend::block::Supply;
 use crate::{Error, Result};
 
 /// An opened GPU. Everything runs on one stream, in the order of the calls.
@@ -38,6 +39,8 @@ pub(crate) struct Gpu {
     error: Mutex<Option<String>>,
     /// Whether something runs on it that nothing ends.
     is_stuck: AtomicBool,
+    /// Where large memory of the host comes from, and how much of it and of the GPU's is in use.
+    pub(crate) supply: Arc<Supply>,
 }
 
 thread_local! {
@@ -137,6 +140,7 @@ impl Gpu {
             kernels: HashMap::new(),
             error: Mutex::new(None),
             is_stuck: AtomicBool::new(false),
+            supply: Arc::default(),
         };
         let _current = gpu.enter();
         if let Some(stream) = stream {

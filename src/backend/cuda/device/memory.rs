@@ -18,6 +18,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::capture;
 use super::gpu::{Gpu, text};
+use crate::backend::block::{Counted, Kind};
 use crate::backend::{GradientPlace, Precision, Slot};
 use crate::optim::Master;
 use crate::reserve::reserve;
@@ -40,6 +41,7 @@ struct Slab {
     gpu: Arc<Gpu>,
     base: u64,
     bytes: usize,
+    _counted: Counted,
 }
 
 impl Drop for Slab {
@@ -362,7 +364,12 @@ impl Arena {
         })?;
         let arena = Self {
             gpu: gpu.clone(),
-            slab: Some(Arc::new(Slab { gpu: gpu.clone(), base, bytes })),
+            slab: Some(Arc::new(Slab {
+                gpu: gpu.clone(),
+                base,
+                bytes,
+                _counted: Counted::new(&gpu.supply, Kind::Device, bytes),
+            })),
             used: 0,
             amaxes: None,
         };
