@@ -9,9 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{
-    Batch, Dataset, Engine, EngineOptions, Error, GenerateOptions, IGNORED, Lora, Model,
-    ModelConfig, Optimizer, Recipe, Recompute, Schedule, StoredWeights, Trainer, TrainerOptions,
-    plan,
+    Batch, Dataset, Engine, EngineOptions, Error, GenerateOptions, IGNORED, Lora, MemoryFiles,
+    Model, ModelConfig, Optimizer, Recipe, Recompute, Schedule, StoredWeights, Trainer,
+    TrainerOptions, plan,
 };
 use ranks::on_sharded_engines;
 use safetensors::{Dtype, SafeTensors};
@@ -271,6 +271,15 @@ fn adapters_survive_their_files() {
             let again = base.load_lora(dir.path()).unwrap();
             assert_eq!(again.config(), model.config());
             has_all_of(&again, &model);
+            let mut files = MemoryFiles::new();
+            model.save_lora_to(&mut files).unwrap();
+            for name in files.names() {
+                assert_eq!(files.get(name).unwrap(), fs::read(dir.path().join(name)).unwrap());
+            }
+            assert_eq!(files.names().len(), 2);
+            has_all_of(&base.load_lora_from(&files).unwrap(), &model);
+            files.remove("adapter_model.safetensors");
+            refused(base.load_lora_from(&files), "adapter_model.safetensors");
         }
     }
 }

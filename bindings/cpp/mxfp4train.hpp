@@ -784,6 +784,12 @@ class Model {
     return detail::finish(status, Model(adapted));
   }
 
+  outcome<Model> load_lora(const Files &files) const {
+    mxt_model *adapted = nullptr;
+    const mxt_status status = mxt_model_load_lora_from(get(), files.get(), &adapted);
+    return detail::finish(status, Model(adapted));
+  }
+
   // A model with the adapters added to its weights.
   outcome<Model> merge_lora() const {
     mxt_model *merged = nullptr;
@@ -794,6 +800,9 @@ class Model {
   // The adapters alone, as a folder that PEFT opens.
   outcome<void> save_lora(const std::string &dir) const {
     return detail::finish(mxt_model_save_lora(get(), dir.c_str()));
+  }
+  outcome<void> save_lora(Files &files) const {
+    return detail::finish(mxt_model_save_lora_to(get(), files.get()));
   }
 
   outcome<ModelConfig> config() const {

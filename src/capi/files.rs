@@ -429,6 +429,48 @@ pub unsafe extern "C" fn mxt_model_save_to(
     }
 }
 
+/// mxt_model_load_lora of files that lie elsewhere than in a folder.
+///
+/// Errors: those of mxt_model_load_lora, with MXT_ERROR_IO for what the host's functions fail at.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_load_lora_from(
+    model: *const mxt_model,
+    files: *mut mxt_files,
+    adapted: *mut *mut mxt_model,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_load_lora_from", model, |model| {
+            let out = arguments::place("adapted", adapted)?;
+            let files = given(files.cast_const())?;
+            let _reading = model.state().access().read()?;
+            let loaded = files.load(|files| Ok(model.model.load_lora_from(files)?))?;
+            out.put(mxt_model::new(loaded)?.into_raw());
+            Ok(())
+        })
+    }
+}
+
+/// mxt_model_save_lora to files that lie elsewhere than in a folder. They take the place of a
+/// checkpoint there: give adapters a set of files of their own.
+///
+/// Errors: those of mxt_model_save_to, and MXT_ERROR_INVALID_ARGUMENT also for a model without
+/// adapters.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_save_lora_to(
+    model: *const mxt_model,
+    files: *mut mxt_files,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_save_lora_to", model, |model| {
+            let files = given(files.cast_const())?;
+            let _reading = model.state().access().read()?;
+            files.save(|files| Ok(model.model.save_lora_to(files)?))
+        })
+    }
+}
+
 /// mxt_trainer_load of files that lie elsewhere than in a folder or, where `optimizer` is not NULL,
 /// mxt_trainer_load_as.
 ///

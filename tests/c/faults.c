@@ -384,6 +384,8 @@ int main(int argc, char **argv) {
   TRAINER_PANICS(mxt_trainer_save_to(trainer, memory));
   SNAPSHOT_PANICS(mxt_snapshot_save_to(snapshot, memory));
   MODEL_PANICS(mxt_model_save_to(model, memory, MXT_STORED_WEIGHTS_F32));
+  MODEL_PANICS(mxt_model_save_lora_to(model, memory));
+  MODEL_PANICS(mxt_model_load_lora_from(model, memory, &other));
   CHECK(mxt_files_count(memory) == 0);
   mxt_files_free(memory);
   FILES_PANICS(mxt_files_view(files, "x", &bytes, &written));

@@ -47,6 +47,19 @@ static void adapters(const mxt_engine *engine, const mxt_dataset *dataset, const
   OK(mxt_model_tensor_read(again, B, copy, B_COUNT));
   CHECK(memcmp(b, copy, sizeof b) == 0);
 
+  /* And in memory, with the folder's bytes. */
+  mxt_files *memory = NULL;
+  mxt_model *third = NULL;
+  OK(mxt_files_in_memory(&memory));
+  OK(mxt_model_save_lora_to(adapted, memory));
+  OK(mxt_model_load_lora_from(base, memory, &third));
+  OK(mxt_model_tensor_read(third, B, copy, B_COUNT));
+  CHECK(memcmp(b, copy, sizeof b) == 0);
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "adapters", mxt_model_save_lora_to(base, memory));
+  FAILS(MXT_ERROR_IO, "config.json", mxt_model_load_from(engine, memory, &merged));
+  mxt_model_free(third);
+  mxt_files_free(memory);
+
   OK(mxt_model_merge_lora(adapted, &merged));
   OK(mxt_model_tensor_read(merged, QKV, after, QKV_COUNT));
   for (int in = 0; in < 16; in++)

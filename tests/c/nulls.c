@@ -200,6 +200,11 @@ int main(void) {
   IS_NULL("engine", mxt_model_load_from(NULL, files, &no_model));
   IS_NULL("files", mxt_model_load_from(engine, NULL, &no_model));
   IS_NULL("model", mxt_model_load_from(engine, files, NULL));
+  IS_NULL("model", mxt_model_load_lora_from(NULL, files, &no_model));
+  IS_NULL("files", mxt_model_load_lora_from(model, NULL, &no_model));
+  IS_NULL("adapted", mxt_model_load_lora_from(model, files, NULL));
+  IS_NULL("model", mxt_model_save_lora_to(NULL, files));
+  IS_NULL("files", mxt_model_save_lora_to(model, NULL));
   IS_NULL("model", mxt_model_save_to(NULL, files, MXT_STORED_WEIGHTS_F32));
   IS_NULL("files", mxt_model_save_to(model, NULL, MXT_STORED_WEIGHTS_F32));
   IS_NULL("engine", mxt_trainer_load_from(NULL, files, NULL, &no_trainer));

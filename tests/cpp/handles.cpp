@@ -288,6 +288,9 @@ static void adapters() {
   const mxt::Model again = base.load_lora(dir);
   std::filesystem::remove_all(dir);
   CHECK(again.read(fc + "lora_B.weight") == adapted.read(fc + "lora_B.weight"));
+  mxt::Files files;
+  adapted.save_lora(files);
+  CHECK(base.load_lora(files).read(fc + "lora_B.weight") == adapted.read(fc + "lora_B.weight"));
   CHECK(again.merge_lora().read(fc + "weight") != base.read(fc + "weight"));
   fails(MXT_ERROR_INVALID_ARGUMENT, "adapters", [&] { base.merge_lora(); });
   fails(MXT_ERROR_INVALID_ARGUMENT, "lora", [&] { base.with_lora(0); });

@@ -169,6 +169,31 @@ function save(model::Model, place::FilePlace; weights::Symbol = :f32)
 end
 
 """
+    load_lora(model, files)
+
+[`load_lora`](@ref) of a dictionary of names and bytes, or of a [`MXFP4Train.FileStore`](@ref).
+"""
+function load_lora(model::Model, place::FilePlace)
+    return load_with(place) do files
+        return made(handle -> Model(handle, model.engine), Lib.mxt_model, model, files) do handle
+            Lib.mxt_model_load_lora_from(model, files, handle)
+        end
+    end
+end
+
+"""
+    save_lora(model, files)
+
+[`save_lora`](@ref) to a dictionary of names and bytes, or to a [`MXFP4Train.FileStore`](@ref). There
+they take the place of a checkpoint.
+"""
+function save_lora(model::Model, place::FilePlace)
+    return save_with(place) do files
+        call(() -> Lib.mxt_model_save_lora_to(model, files), model, files)
+    end
+end
+
+"""
     MXFP4Train.load(Trainer, engine, files; optimizer = nothing)
 
 Loads a trainer from a dictionary of names and bytes, or from a [`MXFP4Train.FileStore`](@ref).

@@ -267,6 +267,10 @@ IS_WHOLE && @testset "adapters and frozen tensors" begin
         save_lora(adapted, folder)
         again = load_lora(base, folder)
         @test tensors(again)[of_b] == tensors(adapted)[of_b]
+        kept = Dict{String,Vector{UInt8}}()
+        save_lora(adapted, kept)
+        @test kept["adapter_model.safetensors"] == read(joinpath(folder, "adapter_model.safetensors"))
+        @test tensors(load_lora(base, kept))[of_b] == tensors(adapted)[of_b]
         @test tensors(merge_lora(again))[name] != tensors(base)[name]
     end
     @test_throws ArgumentError with_lora(base; layers = ("c_attn",))

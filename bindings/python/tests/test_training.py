@@ -234,6 +234,12 @@ def test_adapters_train_beside_weights_that_stay(engine, dataset, tmp_path):
     adapted.save_lora(tmp_path / "adapter")
     again = base.load_lora(tmp_path / "adapter")
     assert np.array_equal(again.tensors[b], adapted.tensors[b])
+    kept = {}
+    adapted.save_lora(kept)
+    assert sorted(kept) == ["adapter_config.json", "adapter_model.safetensors"]
+    for name, content in kept.items():
+        assert content == (tmp_path / "adapter" / name).read_bytes(), name
+    assert np.array_equal(base.load_lora(kept).tensors[b], adapted.tensors[b])
     a = adapted.tensors[b.replace("lora_B", "lora_A")]
     weight = "transformer.h.1.attn.c_attn.weight"
     merged = base.tensors[weight] + 2 * (adapted.tensors[b] @ a).T

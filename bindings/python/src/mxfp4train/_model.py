@@ -202,15 +202,20 @@ class Model(Handle):
         made = make("model", lib.mxt_model_with_lora, self, rank, alpha or 0.0, bits)
         return self._of(made, self)
 
-    def load_lora(self, folder: str | os.PathLike[Any]) -> Model:
+    def load_lora(self, folder: files.Place) -> Model:
         """A new model with these weights, and the adapters that PEFT or `save_lora` saved.
+
+        In place of a folder there may be files without one, as in `load`.
 
         They are LoRA of one rank, without DoRA, biases or further modules, the same in all blocks.
 
         Raises FileError, FormatError, Mismatch, NotFinite, InvalidArgument, OutOfMemory.
         """
-        folder_path = path("folder", folder)
-        return self._of(make("model", lib.mxt_model_load_lora, self, folder_path), self)
+        found = files.files_of(folder)
+        if found is not None:
+            return self._of(files.load("model", lib.mxt_model_load_lora_from, self, found), self)
+        found = files.folder_of(folder)
+        return self._of(make("model", lib.mxt_model_load_lora, self, found), self)
 
     def merge_lora(self) -> Model:
         """A new model with the adapters of this one added to its weights.
@@ -219,12 +224,15 @@ class Model(Handle):
         """
         return self._of(make("model", lib.mxt_model_merge_lora, self), self)
 
-    def save_lora(self, folder: str | os.PathLike[Any]) -> None:
+    def save_lora(self, folder: files.Place) -> None:
         """Saves the adapters alone; PEFT opens the folder beside the model they were made for.
+
+        In place of a folder there may be files without one, as in `save`; of those they take the
+        place of a checkpoint.
 
         Raises InvalidArgument (no adapters), FileError, FormatError, NotFinite.
         """
-        call(lib.mxt_model_save_lora, self, path("folder", folder))
+        files.save(folder, lib.mxt_model_save_lora, lib.mxt_model_save_lora_to, self)
 
     @property
     def parameter_count(self) -> int:
