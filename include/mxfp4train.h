@@ -2276,6 +2276,20 @@ mxt_status mxt_model_save_to(const struct mxt_model *model,
                              struct mxt_files *files,
                              int32_t weights);
 
+// mxt_model_load_lora of files that lie elsewhere than in a folder.
+//
+// Errors: those of mxt_model_load_lora, with MXT_ERROR_IO for what the host's functions fail at.
+mxt_status mxt_model_load_lora_from(const struct mxt_model *model,
+                                    struct mxt_files *files,
+                                    struct mxt_model **adapted);
+
+// mxt_model_save_lora to files that lie elsewhere than in a folder. They take the place of a
+// checkpoint there: give adapters a set of files of their own.
+//
+// Errors: those of mxt_model_save_to, and MXT_ERROR_INVALID_ARGUMENT also for a model without
+// adapters.
+mxt_status mxt_model_save_lora_to(const struct mxt_model *model, struct mxt_files *files);
+
 // mxt_trainer_load of files that lie elsewhere than in a folder or, where `optimizer` is not NULL,
 // mxt_trainer_load_as.
 //

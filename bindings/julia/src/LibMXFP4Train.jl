@@ -3286,6 +3286,37 @@ function mxt_model_save_to(model, files, weights)
 end
 
 """
+    mxt_model_load_lora_from(model, files, adapted)
+
+mxt_model_load_lora of files that lie elsewhere than in a folder.
+
+Errors: those of mxt_model_load_lora, with MXT_ERROR_IO for what the host's functions fail at.
+"""
+function mxt_model_load_lora_from(model, files, adapted)
+    return @ccall libmxfp4train.mxt_model_load_lora_from(
+        model::Ptr{mxt_model},
+        files::Ptr{mxt_files},
+        adapted::Ptr{Ptr{mxt_model}}
+    )::mxt_status
+end
+
+"""
+    mxt_model_save_lora_to(model, files)
+
+mxt_model_save_lora to files that lie elsewhere than in a folder. They take the place of a
+checkpoint there: give adapters a set of files of their own.
+
+Errors: those of mxt_model_save_to, and MXT_ERROR_INVALID_ARGUMENT also for a model without
+adapters.
+"""
+function mxt_model_save_lora_to(model, files)
+    return @ccall libmxfp4train.mxt_model_save_lora_to(
+        model::Ptr{mxt_model},
+        files::Ptr{mxt_files}
+    )::mxt_status
+end
+
+"""
     mxt_trainer_load_from(engine, files, optimizer, trainer)
 
 mxt_trainer_load of files that lie elsewhere than in a folder or, where `optimizer` is not NULL,
