@@ -44,20 +44,22 @@ JULIA_OF_C = {
     "size_t": "Csize_t", "uint64_t": "UInt64", "uint32_t": "UInt32", "int32_t": "Int32",
     "float": "Cfloat", "double": "Cdouble", "void": "Cvoid", "char *": "Cstring",
     "void *": "Ptr{Cvoid}", "char * *": "Ptr{Cstring}", "float *": "Ptr{Cfloat}",
-    "uint32_t *": "Ptr{UInt32}", "size_t *": "Ptr{Csize_t}",
+    "uint32_t *": "Ptr{UInt32}", "size_t *": "Ptr{Csize_t}", "uint64_t *": "Ptr{UInt64}",
+    "void * *": "Ptr{Ptr{Cvoid}}",
 }  # fmt: skip
 
 # What the package calls of Julia's own: a name that is not here and nowhere defined is a typing
 # error, or is to be looked up in the manual of the oldest Julia of Project.toml, and added.
 BASE = set(
     """
-    ArgumentError BoundsError Cstring DimensionMismatch Int Int128 Int32 KeyError ReentrantLock Ref
-    String UInt64 VersionNumber abspath ccall close convert cumsum current_task dlopen dlsym
-    eachindex eltype enumerate error fieldnames fieldtype filter finalizer findfirst first get
-    getfield haskey include isdefined isempty isfile isinteger isinteractive isodd isopen join keys
-    last length lock map merge min nameof new ntuple pairs parent pointer pop! print push! reduce
-    repr reshape reverse size sizeof something sprint task_local_storage throw typemax typemin
-    typeof unsafe_load unsafe_store! unsafe_string vcat
+    ArgumentError BoundsError Cstring DimensionMismatch IOBuffer Int Int128 Int32 KeyError
+    ReentrantLock Ref String UInt UInt64 VersionNumber abspath append! ccall close convert cumsum
+    current_task delete! dlopen dlsym eachindex eltype empty! enumerate error fieldnames fieldtype
+    filter finalizer findfirst first get getfield haskey include isdefined isempty isfile isinteger
+    isinteractive isodd isopen join keys last length lock map merge min nameof new ntuple pairs
+    parent pointer pop! position print push! read! reduce repr reshape reverse seek seekend size
+    sizehint! sizeof something sprint task_local_storage throw typemax typemin typeof unsafe_load
+    unsafe_store! unsafe_string vcat write
     """.split()
 )
 
@@ -372,8 +374,8 @@ def julia_of(type_: c.Type) -> str:
 
 
 def julia_name(name: str) -> str:
-    """The name of a field or argument in Julia, where `end` is a word of the language."""
-    return "end_" if name == "end" else name
+    """The name of a field or argument in Julia, which has words of its own."""
+    return f"{name}_" if name in ("begin", "end") else name
 
 
 def size_of(type_: str) -> tuple[int, int]:

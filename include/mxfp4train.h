@@ -370,13 +370,13 @@ typedef struct mxt_decoder mxt_decoder;
 // number of threads may use it at once. Make with mxt_engine_new, free with mxt_engine_free.
 typedef struct mxt_engine mxt_engine;
 
-// A set of named files that checkpoints are loaded from and saved to, in place of a folder: the host's
-// (mxt_files_from_callbacks) or in memory (mxt_files_in_memory). Their bytes are those of a folder's
-// files: "config.json" and "model.safetensors" and, of a trainer, "trainer.json" and
+// A set of named files that checkpoints are loaded from and saved to, in place of a folder: the
+// host's (mxt_files_from_callbacks) or in memory (mxt_files_in_memory). Their bytes are those of a
+// folder's files: "config.json" and "model.safetensors" and, of a trainer, "trainer.json" and
 // "trainer.safetensors". Loads read a model in several files with an index, too.
 //
-// What uses it needs it for itself; loads from memory may run at once on several threads. Make with
-// one of the two, free with mxt_files_free.
+// What uses it needs it for itself; loads from memory may run at once on several threads. Make
+// with one of the two, free with mxt_files_free.
 typedef struct mxt_files mxt_files;
 
 // A model: its shape and its weights. Several handles can be the same model (see
@@ -472,9 +472,9 @@ typedef struct mxt_group {
   // is freed, or until `user_data_free` is called with it.
   void *user_data;
   // Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
-  // library will never call the functions above again; as log_user_data_free of mxt_engine_options.
-  // Where there is one rank, that is the end of mxt_engine_new itself. NULL (default): nothing is
-  // called.
+  // library will never call the functions above again; as log_user_data_free of
+  // mxt_engine_options. Where there is one rank, that is the end of mxt_engine_new itself. NULL
+  // (default): nothing is called.
   mxt_user_data_free_fn user_data_free;
   // Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot
   // tell a rank that is gone from one that is slow, and the callbacks show one that is gone
@@ -557,43 +557,43 @@ typedef struct mxt_engine_options {
   // The ranks that train together, of which this engine is one; see mxt_group. mxt_engine_new is
   // collective then. Borrowed for the call. NULL (default): it trains alone.
   const struct mxt_group *group;
-  // Gives large memory of the host in place of the system: on the CPU weights, gradients, states,
-  // activations and workspaces, and on every device what snapshots copy. It is asked for some large
-  // blocks by the calls that make models, trainers, decoders and snapshots, not by steps. NULL
-  // (default): the system maps them.
+  // Gives large memory of the host in place of the system: on the CPU weights, gradients,
+  // states, activations and workspaces, and on every device what snapshots copy. It is asked for
+  // some large blocks by the calls that make models, trainers, decoders and snapshots, not by
+  // steps. NULL (default): the system maps them.
   mxt_allocate_fn allocate;
   // Takes back what `allocate` gave. Must be there where that is.
   mxt_deallocate_fn deallocate;
-  // Passed to the two. It must stay valid until the engine and everything made from it is freed, or
-  // until `allocator_user_data_free` is called with it.
+  // Passed to the two. It must stay valid until the engine and everything made from it is freed,
+  // or until `allocator_user_data_free` is called with it.
   void *allocator_user_data;
-  // Called with `allocator_user_data` exactly once for each call of mxt_engine_new that succeeds,
-  // when all memory is given back and the library will never call the two again; as
+  // Called with `allocator_user_data` exactly once for each call of mxt_engine_new that
+  // succeeds, when all memory is given back and the library will never call the two again; as
   // log_user_data_free. Where `allocate` is NULL, that is the end of mxt_engine_new itself. NULL
   // (default): nothing is called.
   mxt_user_data_free_fn allocator_user_data_free;
 } mxt_engine_options;
 
 // What an engine, and all that was made from it, has in use of large memory. Set struct_size to
-// sizeof(mxt_memory_use) before the call that fills it. Beside that there are buffers of a call, and
-// what a GPU's driver takes.
+// sizeof(mxt_memory_use) before the call that fills it. Beside that there are buffers of a call,
+// and what a GPU's driver takes.
 typedef struct mxt_memory_use {
   // sizeof(mxt_memory_use), set by the caller.
   size_t struct_size;
-  // Bytes of the device that are in use now: weights, gradients, states, activations and workspaces
-  // of models, trainers and decoders. Of the CPU, this is memory of the host.
+  // Bytes of the device that are in use now: weights, gradients, states, activations and
+  // workspaces of models, trainers and decoders. Of the CPU, this is memory of the host.
   uint64_t device_bytes;
   // The most of them at any time since the engine was made.
   uint64_t device_peak;
-  // The most bytes that the device has for all that runs there, or memory_limit of the engine where
-  // that is less; 0 where the system does not say.
+  // The most bytes that the device has for all that runs there, or memory_limit of the engine
+  // where that is less; 0 where the system does not say.
   uint64_t device_limit;
   // Bytes of the host beside them that are in use now: snapshots.
   uint64_t host_bytes;
   // The most of them at any time since the engine was made.
   uint64_t host_peak;
-  // The most bytes that the machine and the process's control groups give; 0 where the system does
-  // not say.
+  // The most bytes that the machine and the process's control groups give; 0 where the system
+  // does not say.
   uint64_t host_limit;
 } mxt_memory_use;
 
@@ -1051,15 +1051,15 @@ typedef struct mxt_batch {
 } mxt_batch;
 
 // Opens the file `name` for reading, such as "model.safetensors": stores in `*file` what the other
-// functions get for it, which is not looked at, and in `*size` its bytes. `name` is borrowed for the
-// call. Several files are open at once.
+// functions get for it, which is not looked at, and in `*size` its bytes. `name` is borrowed for
+// the call. Several files are open at once.
 //
-// Returns 0; MXT_NO_SUCH_FILE where there is none of this name, which is no failure; any other number
-// ends the load.
+// Returns 0; MXT_NO_SUCH_FILE where there is none of this name, which is no failure; any other
+// number ends the load.
 typedef int32_t (*mxt_file_open_fn)(void *user_data, const char *name, void **file, uint64_t *size);
 
-// Stores the `count` bytes from `offset` on in `to`, all of which lie in the file. A file is what it
-// was when it was opened. Returns 0; any other number ends the load.
+// Stores the `count` bytes from `offset` on in `to`, all of which lie in the file. A file is what
+// it was when it was opened. Returns 0; any other number ends the load.
 typedef int32_t (*mxt_file_read_fn)(void *user_data,
                                     void *file,
                                     uint64_t offset,
@@ -1067,16 +1067,16 @@ typedef int32_t (*mxt_file_read_fn)(void *user_data,
                                     size_t count);
 
 // Ends the use of a file: called exactly once for each that was opened or created, also after a
-// failure: a new file that has fewer bytes then than were announced is one of a save that has failed.
-// Returns 0; any other number ends a save, of a file that was written.
+// failure: a new file that has fewer bytes then than were announced is one of a save that has
+// failed. Returns 0; any other number ends a save, of a file that was written.
 typedef int32_t (*mxt_file_close_fn)(void *user_data, void *file);
 
 // Begins a save. Returns 0; any other number ends it, and nothing else is called.
 typedef int32_t (*mxt_files_begin_fn)(void *user_data);
 
-// Begins the file `name`, of which `size` bytes are going to be written, and stores in `*file` what the
-// other functions get for it. `name` is borrowed for the call. One file is written at a time. Returns
-// 0; any other number ends the save.
+// Begins the file `name`, of which `size` bytes are going to be written, and stores in `*file`
+// what the other functions get for it. `name` is borrowed for the call. One file is written at a
+// time. Returns 0; any other number ends the save.
 typedef int32_t (*mxt_file_create_fn)(void *user_data, const char *name, uint64_t size, void **file);
 
 // Appends `count` bytes to the file. Returns 0; any other number ends the save.
@@ -1084,12 +1084,13 @@ typedef int32_t (*mxt_file_write_fn)(void *user_data, void *file, const void *fr
 
 // Makes what was written since the save began the checkpoint, all of it at once. Files of the one
 // before that were not written again are no part of it: mxt_file_open_fn must not find a
-// "trainer.json" or "trainer.safetensors" any more where a model was saved without a training state.
-// Returns 0; any other number says that this was not done, and the save is given up.
+// "trainer.json" or "trainer.safetensors" any more where a model was saved without a training
+// state. Returns 0; any other number says that this was not done, and the save is given up.
 typedef int32_t (*mxt_files_commit_fn)(void *user_data);
 
 // Gives up the save that was begun, for something failed: called once in place of a successful
-// commit, when all its files are closed. What the files were before the save, they must be after it.
+// commit, when all its files are closed. What the files were before the save, they must be after
+// it.
 typedef void (*mxt_files_abort_fn)(void *user_data);
 
 // Says why another of the functions has just failed, as a line for a person: UTF-8, read before
@@ -1099,8 +1100,9 @@ typedef const char *(*mxt_files_error_fn)(void *user_data);
 // The host's functions for the files of a checkpoint. Fill it with mxt_file_callbacks_init.
 //
 // They run on the thread that is inside the call that loads or saves, in which only that call uses
-// them. They may call the library, but calls on the mxt_files, on the trainer that is saved, and such
-// as would change the model that is saved, return MXT_ERROR_BUSY. They must not throw or longjmp.
+// them. They may call the library, but calls on the mxt_files, on the trainer that is saved, and
+// such as would change the model that is saved, return MXT_ERROR_BUSY. They must not throw or
+// longjmp.
 typedef struct mxt_file_callbacks {
   // Set by mxt_file_callbacks_init.
   size_t struct_size;
@@ -1124,10 +1126,11 @@ typedef struct mxt_file_callbacks {
   mxt_files_abort_fn abort;
   // Says why a function failed, or NULL (default): messages have the number that it returned.
   mxt_files_error_fn error;
-  // Called with `user_data`, whatever it is, exactly once for each call of mxt_files_from_callbacks
-  // that succeeds, when the library will never call the functions above again: at the end of
-  // mxt_files_free, or of the call that still uses the files then. A mxt_files_from_callbacks that
-  // fails never calls it: user_data is the caller's still. NULL (default): nothing is called.
+  // Called with `user_data`, whatever it is, exactly once for each call of
+  // mxt_files_from_callbacks that succeeds, when the library will never call the functions above
+  // again: at the end of mxt_files_free, or of the call that still uses the files then. A
+  // mxt_files_from_callbacks that fails never calls it: user_data is the caller's still. NULL
+  // (default): nothing is called.
   mxt_user_data_free_fn user_data_free;
 } mxt_file_callbacks;
 
@@ -1212,8 +1215,8 @@ typedef struct mxt_run_options {
   mxt_step_fn on_step;
   // Passed to on_step.
   void *user_data;
-  // Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call. They are
-  // in use only inside each checkpoint, not while the callback runs.
+  // Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call.
+  // They are in use only inside each checkpoint, not while the callback runs.
   struct mxt_files *save_files;
 } mxt_run_options;
 
@@ -1319,12 +1322,11 @@ mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t st
 // Should a capture be broken off, the step is done without, and the next one tries again.
 mxt_status mxt_engine_new(const struct mxt_engine_options *options, struct mxt_engine **engine);
 
-// Stores how much large memory `engine`, and all that was made from it, has in use in `*memory`, whose
-// struct_size the caller has set. Any thread may call it at any time.
+// Stores how much large memory `engine`, and all that was made from it, has in use in `*memory`,
+// whose struct_size the caller has set. Any thread may call it at any time.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
-mxt_status mxt_engine_memory(const struct mxt_engine *engine,
-                             struct mxt_memory_use *memory);
+mxt_status mxt_engine_memory(const struct mxt_engine *engine, struct mxt_memory_use *memory);
 
 // The name of the device: "cpu", or "cuda:0" for the first GPU. NULL if `engine` is NULL.
 //
@@ -2200,31 +2202,31 @@ mxt_status mxt_file_callbacks_init(struct mxt_file_callbacks *callbacks, size_t 
 // Makes files that the host reads and writes, and stores them in `*files` for the caller to free.
 // `callbacks` is not read after the call.
 //
-// Errors: MXT_ERROR_NULL (also for functions that must be there), MXT_ERROR_STRUCT_SIZE. The message
-// is in mxt_last_error.
+// Errors: MXT_ERROR_NULL (also for functions that must be there), MXT_ERROR_STRUCT_SIZE. The
+// message is in mxt_last_error.
 mxt_status mxt_files_from_callbacks(const struct mxt_file_callbacks *callbacks,
                                     struct mxt_files **files);
 
-// Makes a set of files in memory, of which there are none yet, and stores it in `*files` for the caller
-// to free.
+// Makes a set of files in memory, of which there are none yet, and stores it in `*files` for the
+// caller to free.
 //
 // Errors: MXT_ERROR_NULL. The message is in mxt_last_error.
 mxt_status mxt_files_in_memory(struct mxt_files **files);
 
-// Number of files in memory. 0 for files of the host's own, while another call changes them, and if
-// `files` is NULL.
+// Number of files in memory. 0 for files of the host's own, while another call changes them, and
+// if `files` is NULL.
 size_t mxt_files_count(const struct mxt_files *files);
 
-// The name of file `index` in memory (0 to mxt_files_count - 1), in the order of their bytes; NULL where
-// there is no such file, and if `files` is NULL. The text is valid until the files change or are freed.
-const char *mxt_files_name(const struct mxt_files *files,
-                           size_t index);
+// The name of file `index` in memory (0 to mxt_files_count - 1), in the order of their bytes; NULL
+// where there is no such file, and if `files` is NULL. The text is valid until the files change or
+// are freed.
+const char *mxt_files_name(const struct mxt_files *files, size_t index);
 
-// Stores in `*bytes` where the bytes of a file in memory lie, and in `*count` how many there are. They
-// are valid, to be read, until the files change or are freed.
+// Stores in `*bytes` where the bytes of a file in memory lie, and in `*count` how many there are.
+// They are valid, to be read, until the files change or are freed.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no file of this name, or files of
-// the host's own), MXT_ERROR_BUSY.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no file of this name, or
+// files of the host's own), MXT_ERROR_BUSY.
 mxt_status mxt_files_view(const struct mxt_files *files,
                           const char *name,
                           const void **bytes,
@@ -2239,10 +2241,10 @@ mxt_status mxt_files_put(struct mxt_files *files,
                          const void *bytes,
                          size_t count);
 
-// mxt_files_put without a copy, of bytes that lie in the host's memory, such as a map of a file: they
-// have to stay there, unchanged, until `user_data_free` is called with `user_data`: once, when the file
-// is replaced or removed or the files are freed. `user_data_free` may be NULL; calls on the
-// files from it return MXT_ERROR_BUSY.
+// mxt_files_put without a copy, of bytes that lie in the host's memory, such as a map of a file:
+// they have to stay there, unchanged, until `user_data_free` is called with `user_data`: once,
+// when the file is replaced or removed or the files are freed. `user_data_free` may be NULL; calls
+// on the files from it return MXT_ERROR_BUSY.
 //
 // Errors: those of mxt_files_put; the user data stay the caller's then.
 mxt_status mxt_files_lend(struct mxt_files *files,
@@ -2257,8 +2259,8 @@ mxt_status mxt_files_lend(struct mxt_files *files,
 // Errors: as mxt_files_view.
 mxt_status mxt_files_remove(struct mxt_files *files, const char *name);
 
-// mxt_model_load of files that lie elsewhere than in a folder. They are read in pieces; memory that was
-// lent is not copied.
+// mxt_model_load of files that lie elsewhere than in a folder. They are read in pieces; memory
+// that was lent is not copied.
 //
 // Errors: those of mxt_model_load, with MXT_ERROR_IO for what the host's functions fail at, and
 // MXT_ERROR_BUSY.
@@ -2270,8 +2272,8 @@ mxt_status mxt_model_load_from(const struct mxt_engine *engine,
 // mxt_stored_weights. A failure leaves the files as they were, and where they are the host's its
 // functions see to that.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO (what the host's functions fail at),
-// MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO (what the host's functions fail
+// at), MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 mxt_status mxt_model_save_to(const struct mxt_model *model,
                              struct mxt_files *files,
                              int32_t weights);
@@ -2293,20 +2295,19 @@ mxt_status mxt_model_save_lora_to(const struct mxt_model *model, struct mxt_file
 // mxt_trainer_load of files that lie elsewhere than in a folder or, where `optimizer` is not NULL,
 // mxt_trainer_load_as.
 //
-// Errors: those of mxt_trainer_load_as, with MXT_ERROR_IO for what the host's functions fail at, and
-// MXT_ERROR_BUSY.
+// Errors: those of mxt_trainer_load_as, with MXT_ERROR_IO for what the host's functions fail at,
+// and MXT_ERROR_BUSY.
 mxt_status mxt_trainer_load_from(const struct mxt_engine *engine,
                                  struct mxt_files *files,
                                  const char *optimizer,
                                  struct mxt_trainer **trainer);
 
-// mxt_trainer_save to files that lie elsewhere than in a folder. A failure leaves the files as they
-// were, and where they are the host's its functions see to that. Collective; of a group, rank 0 writes,
-// and files of other ranks are not touched.
+// mxt_trainer_save to files that lie elsewhere than in a folder. A failure leaves the files as
+// they were, and where they are the host's its functions see to that. Collective; of a group, rank
+// 0 writes, and files of other ranks are not touched.
 //
 // Errors: those of mxt_model_save_to, and MXT_ERROR_NOT_FINITE also for a moment.
-mxt_status mxt_trainer_save_to(struct mxt_trainer *trainer,
-                               struct mxt_files *files);
+mxt_status mxt_trainer_save_to(struct mxt_trainer *trainer, struct mxt_files *files);
 
 // mxt_snapshot_save to files that lie elsewhere than in a folder.
 //
@@ -2320,8 +2321,8 @@ mxt_status mxt_snapshot_save_to(struct mxt_snapshot *snapshot, struct mxt_files 
 // call of mxt_files_last_error. Any thread may call it at any time.
 const char *mxt_files_last_error(const struct mxt_files *files);
 
-// Gives the files up, and those in memory with them; NULL does nothing. What was loaded from them stays
-// usable.
+// Gives the files up, and those in memory with them; NULL does nothing. What was loaded from them
+// stays usable.
 void mxt_files_free(struct mxt_files *files);
 
 // Watches the updates of the steps that `every` divides, from here on, those of mxt_trainer_run
@@ -2383,8 +2384,8 @@ mxt_status mxt_run_options_init(struct mxt_run_options *options, size_t struct_s
 // failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 // be done are, and after a failed evaluation they are also saved. Only an error of a step, a
 // device that fails and a panic end the run; the steps before are then saved, if there is where to
-// and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which can
-// be saved (again), and `*result` is not written.
+// and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which
+// can be saved (again), and `*result` is not written.
 //
 // Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
 mxt_status mxt_trainer_run(struct mxt_trainer *trainer,

@@ -11,8 +11,8 @@
 //! An [`Engine`] is a device with its threads and its seed. A [`Model`] is a GPT-2 of some
 //! [`ModelConfig`], new or loaded from a Hugging Face `gpt2` folder. A [`Dataset`] is a set of
 //! memory-mapped token files. A [`Trainer`] takes optimizer steps, evaluates, saves and resumes;
-//! its [`Recipe`] says which number format each GEMM uses. Checkpoints lie in folders, or in [`Files`]
-//! elsewhere; [`Engine::memory`] says what memory is in use.
+//! its [`Recipe`] says which number format each GEMM uses. Checkpoints lie in folders, or in
+//! [`Files`] elsewhere; [`Engine::memory`] says what memory is in use.
 //!
 //! ```
 //! use mxfp4train::{Dataset, Engine, EngineOptions, Model, ModelConfig, Trainer, TrainerOptions};

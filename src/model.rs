@@ -90,8 +90,8 @@ impl Model {
         Self::from_checkpoint(engine, &Checkpoint::open(dir)?)
     }
 
-    /// [`Model::load`] of files that lie elsewhere than in a folder. They are read in pieces and not
-    /// held in memory as a whole.
+    /// [`Model::load`] of files that lie elsewhere than in a folder. They are read in pieces and
+    /// not held in memory as a whole.
     ///
     /// # Errors
     /// As [`Model::load`].
@@ -171,8 +171,8 @@ impl Model {
     /// While it runs, `files` must not wait for anything that changes the model.
     ///
     /// # Errors
-    /// As [`Model::save_as`]; but for an error of [`crate::FileSave::commit`] itself, of which `files`
-    /// knows more, they are then what they were.
+    /// As [`Model::save_as`]; but for an error of [`crate::FileSave::commit`] itself, of which
+    /// `files` knows more, they are then what they were.
     pub fn save_to(&self, files: &mut dyn Files, weights: StoredWeights) -> Result<()> {
         self.save_at(Place::Files(files), weights)
     }

@@ -154,8 +154,8 @@ unsafe impl Allocator for Counting {
     }
 }
 
-/// Where the host's allocator gives it, all large memory is its own, steps ask for none, and the same
-/// numbers come out. Where it refuses, the call says so, and the rest goes on.
+/// Where the host's allocator gives it, all large memory is its own, steps ask for none, and the
+/// same numbers come out. Where it refuses, the call says so, and the rest goes on.
 #[test]
 fn large_memory_is_the_hosts() {
     let data = Dataset::from_tokens((0..2000u32).map(|i| i * i % 61).collect()).unwrap();

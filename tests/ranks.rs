@@ -189,8 +189,8 @@ fn sharded_states_change_no_bit() {
     }
 }
 
-/// Rank 0 writes to files without a folder, those of others stay as they are, and all go on from them,
-/// sharded or not. What fails there fails on all.
+/// Rank 0 writes to files without a folder, those of others stay as they are, and all go on from
+/// them, sharded or not. What fails there fails on all.
 #[test]
 fn files_without_a_folder_are_those_of_rank_0() {
     struct Full;

@@ -21,8 +21,8 @@ pub(crate) const ALIGN: usize = 64;
 /// What [`Allocator::allocate`] returns, other than null, is memory of as many bytes as were asked
 /// for, which nothing else uses until it is given to [`Allocator::deallocate`].
 pub unsafe trait Allocator: Send + Sync {
-    /// Memory of `bytes` bytes, at least one, at a multiple of `alignment`, with whatever in it; null
-    /// where there is none, which is an [`Error::OutOfMemory`] of the call that needs it.
+    /// Memory of `bytes` bytes, at least one, at a multiple of `alignment`, with whatever in it;
+    /// null where there is none, which is an [`Error::OutOfMemory`] of the call that needs it.
     fn allocate(&self, bytes: usize, alignment: usize) -> *mut u8;
 
     /// Takes back memory with the size and alignment that it was asked for with.

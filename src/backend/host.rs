@@ -22,8 +22,8 @@ pub(crate) struct HostBuffer {
 const LARGE: usize = 1 << 20;
 
 impl HostBuffer {
-    /// The first `len` bytes, to be overwritten; messages call them `what`. Where there is an error,
-    /// there are none.
+    /// The first `len` bytes, to be overwritten; messages call them `what`. Where there is an
+    /// error, there are none.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].

@@ -100,18 +100,18 @@ pub struct mxt_engine_options {
     /// The ranks that train together, of which this engine is one; see mxt_group. mxt_engine_new is
     /// collective then. Borrowed for the call. NULL (default): it trains alone.
     pub group: *const mxt_group,
-    /// Gives large memory of the host in place of the system: on the CPU weights, gradients, states,
-    /// activations and workspaces, and on every device what snapshots copy. It is asked for some large
-    /// blocks by the calls that make models, trainers, decoders and snapshots, not by steps. NULL
-    /// (default): the system maps them.
+    /// Gives large memory of the host in place of the system: on the CPU weights, gradients,
+    /// states, activations and workspaces, and on every device what snapshots copy. It is asked for
+    /// some large blocks by the calls that make models, trainers, decoders and snapshots, not by
+    /// steps. NULL (default): the system maps them.
     pub allocate: mxt_allocate_fn,
     /// Takes back what `allocate` gave. Must be there where that is.
     pub deallocate: mxt_deallocate_fn,
-    /// Passed to the two. It must stay valid until the engine and everything made from it is freed, or
-    /// until `allocator_user_data_free` is called with it.
+    /// Passed to the two. It must stay valid until the engine and everything made from it is freed,
+    /// or until `allocator_user_data_free` is called with it.
     pub allocator_user_data: *mut c_void,
-    /// Called with `allocator_user_data` exactly once for each call of mxt_engine_new that succeeds,
-    /// when all memory is given back and the library will never call the two again; as
+    /// Called with `allocator_user_data` exactly once for each call of mxt_engine_new that
+    /// succeeds, when all memory is given back and the library will never call the two again; as
     /// log_user_data_free. Where `allocate` is NULL, that is the end of mxt_engine_new itself. NULL
     /// (default): nothing is called.
     pub allocator_user_data_free: mxt_user_data_free_fn,
@@ -151,27 +151,27 @@ impl Options for mxt_engine_options {
 }
 
 /// What an engine, and all that was made from it, has in use of large memory. Set struct_size to
-/// sizeof(mxt_memory_use) before the call that fills it. Beside that there are buffers of a call, and
-/// what a GPU's driver takes.
+/// sizeof(mxt_memory_use) before the call that fills it. Beside that there are buffers of a call,
+/// and what a GPU's driver takes.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct mxt_memory_use {
     /// sizeof(mxt_memory_use), set by the caller.
     pub struct_size: usize,
-    /// Bytes of the device that are in use now: weights, gradients, states, activations and workspaces
-    /// of models, trainers and decoders. Of the CPU, this is memory of the host.
+    /// Bytes of the device that are in use now: weights, gradients, states, activations and
+    /// workspaces of models, trainers and decoders. Of the CPU, this is memory of the host.
     pub device_bytes: u64,
     /// The most of them at any time since the engine was made.
     pub device_peak: u64,
-    /// The most bytes that the device has for all that runs there, or memory_limit of the engine where
-    /// that is less; 0 where the system does not say.
+    /// The most bytes that the device has for all that runs there, or memory_limit of the engine
+    /// where that is less; 0 where the system does not say.
     pub device_limit: u64,
     /// Bytes of the host beside them that are in use now: snapshots.
     pub host_bytes: u64,
     /// The most of them at any time since the engine was made.
     pub host_peak: u64,
-    /// The most bytes that the machine and the process's control groups give; 0 where the system does
-    /// not say.
+    /// The most bytes that the machine and the process's control groups give; 0 where the system
+    /// does not say.
     pub host_limit: u64,
 }
 versioned!(mxt_memory_use, last = host_limit: u64);
@@ -299,8 +299,8 @@ unsafe impl Allocator for HostAllocator {
     }
 }
 
-/// Stores how much large memory `engine`, and all that was made from it, has in use in `*memory`, whose
-/// struct_size the caller has set. Any thread may call it at any time.
+/// Stores how much large memory `engine`, and all that was made from it, has in use in `*memory`,
+/// whose struct_size the caller has set. Any thread may call it at any time.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 #[unsafe(no_mangle)]

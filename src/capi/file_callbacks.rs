@@ -16,11 +16,11 @@ use crate::{FileRead, FileSave, Files};
 pub const MXT_NO_SUCH_FILE: i32 = 1;
 
 /// Opens the file `name` for reading, such as "model.safetensors": stores in `*file` what the other
-/// functions get for it, which is not looked at, and in `*size` its bytes. `name` is borrowed for the
-/// call. Several files are open at once.
+/// functions get for it, which is not looked at, and in `*size` its bytes. `name` is borrowed for
+/// the call. Several files are open at once.
 ///
-/// Returns 0; MXT_NO_SUCH_FILE where there is none of this name, which is no failure; any other number
-/// ends the load.
+/// Returns 0; MXT_NO_SUCH_FILE where there is none of this name, which is no failure; any other
+/// number ends the load.
 pub type mxt_file_open_fn = Option<
     unsafe extern "C-unwind" fn(
         user_data: *mut c_void,
@@ -30,8 +30,8 @@ pub type mxt_file_open_fn = Option<
     ) -> i32,
 >;
 
-/// Stores the `count` bytes from `offset` on in `to`, all of which lie in the file. A file is what it
-/// was when it was opened. Returns 0; any other number ends the load.
+/// Stores the `count` bytes from `offset` on in `to`, all of which lie in the file. A file is what
+/// it was when it was opened. Returns 0; any other number ends the load.
 pub type mxt_file_read_fn = Option<
     unsafe extern "C-unwind" fn(
         user_data: *mut c_void,
@@ -43,17 +43,17 @@ pub type mxt_file_read_fn = Option<
 >;
 
 /// Ends the use of a file: called exactly once for each that was opened or created, also after a
-/// failure: a new file that has fewer bytes then than were announced is one of a save that has failed.
-/// Returns 0; any other number ends a save, of a file that was written.
+/// failure: a new file that has fewer bytes then than were announced is one of a save that has
+/// failed. Returns 0; any other number ends a save, of a file that was written.
 pub type mxt_file_close_fn =
     Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, file: *mut c_void) -> i32>;
 
 /// Begins a save. Returns 0; any other number ends it, and nothing else is called.
 pub type mxt_files_begin_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void) -> i32>;
 
-/// Begins the file `name`, of which `size` bytes are going to be written, and stores in `*file` what the
-/// other functions get for it. `name` is borrowed for the call. One file is written at a time. Returns
-/// 0; any other number ends the save.
+/// Begins the file `name`, of which `size` bytes are going to be written, and stores in `*file`
+/// what the other functions get for it. `name` is borrowed for the call. One file is written at a
+/// time. Returns 0; any other number ends the save.
 pub type mxt_file_create_fn = Option<
     unsafe extern "C-unwind" fn(
         user_data: *mut c_void,
@@ -75,12 +75,13 @@ pub type mxt_file_write_fn = Option<
 
 /// Makes what was written since the save began the checkpoint, all of it at once. Files of the one
 /// before that were not written again are no part of it: mxt_file_open_fn must not find a
-/// "trainer.json" or "trainer.safetensors" any more where a model was saved without a training state.
-/// Returns 0; any other number says that this was not done, and the save is given up.
+/// "trainer.json" or "trainer.safetensors" any more where a model was saved without a training
+/// state. Returns 0; any other number says that this was not done, and the save is given up.
 pub type mxt_files_commit_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void) -> i32>;
 
 /// Gives up the save that was begun, for something failed: called once in place of a successful
-/// commit, when all its files are closed. What the files were before the save, they must be after it.
+/// commit, when all its files are closed. What the files were before the save, they must be after
+/// it.
 pub type mxt_files_abort_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void)>;
 
 /// Says why another of the functions has just failed, as a line for a person: UTF-8, read before
@@ -91,8 +92,9 @@ pub type mxt_files_error_fn =
 /// The host's functions for the files of a checkpoint. Fill it with mxt_file_callbacks_init.
 ///
 /// They run on the thread that is inside the call that loads or saves, in which only that call uses
-/// them. They may call the library, but calls on the mxt_files, on the trainer that is saved, and such
-/// as would change the model that is saved, return MXT_ERROR_BUSY. They must not throw or longjmp.
+/// them. They may call the library, but calls on the mxt_files, on the trainer that is saved, and
+/// such as would change the model that is saved, return MXT_ERROR_BUSY. They must not throw or
+/// longjmp.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct mxt_file_callbacks {
@@ -118,10 +120,11 @@ pub struct mxt_file_callbacks {
     pub abort: mxt_files_abort_fn,
     /// Says why a function failed, or NULL (default): messages have the number that it returned.
     pub error: mxt_files_error_fn,
-    /// Called with `user_data`, whatever it is, exactly once for each call of mxt_files_from_callbacks
-    /// that succeeds, when the library will never call the functions above again: at the end of
-    /// mxt_files_free, or of the call that still uses the files then. A mxt_files_from_callbacks that
-    /// fails never calls it: user_data is the caller's still. NULL (default): nothing is called.
+    /// Called with `user_data`, whatever it is, exactly once for each call of
+    /// mxt_files_from_callbacks that succeeds, when the library will never call the functions above
+    /// again: at the end of mxt_files_free, or of the call that still uses the files then. A
+    /// mxt_files_from_callbacks that fails never calls it: user_data is the caller's still. NULL
+    /// (default): nothing is called.
     pub user_data_free: mxt_user_data_free_fn,
 }
 versioned!(mxt_file_callbacks, last = user_data_free: mxt_user_data_free_fn);
@@ -252,8 +255,8 @@ impl Host {
             // SAFETY: the header asks for a function that takes this pointer.
             let text = float_mode::in_hosts(|| unsafe { error(self.user_data.pointer) });
             if !text.is_null() && reserve(&mut said, "a message", MOST).is_ok() {
-                // SAFETY: the header asks for a text that ends with a zero byte; nothing behind that
-                // is read.
+                // SAFETY: the header asks for a text that ends with a zero byte; nothing behind
+                // that is read.
                 let bytes = (0..MOST).map(|at| unsafe { text.add(at).cast::<u8>().read() });
                 said.extend(bytes.take_while(|byte| *byte != 0));
             }

@@ -1,4 +1,5 @@
-//! `mxt_files`: the files of a checkpoint without a folder, in memory or wherever the host has them.
+//! `mxt_files`: the files of a checkpoint without a folder, in memory or wherever the host has
+//! them.
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -19,13 +20,13 @@ use super::user_data::UserData;
 use crate::reserve::reserve;
 use crate::{Files, MemoryFiles, Model, Trainer};
 
-/// A set of named files that checkpoints are loaded from and saved to, in place of a folder: the host's
-/// (mxt_files_from_callbacks) or in memory (mxt_files_in_memory). Their bytes are those of a folder's
-/// files: "config.json" and "model.safetensors" and, of a trainer, "trainer.json" and
+/// A set of named files that checkpoints are loaded from and saved to, in place of a folder: the
+/// host's (mxt_files_from_callbacks) or in memory (mxt_files_in_memory). Their bytes are those of a
+/// folder's files: "config.json" and "model.safetensors" and, of a trainer, "trainer.json" and
 /// "trainer.safetensors". Loads read a model in several files with an index, too.
 ///
-/// What uses it needs it for itself; loads from memory may run at once on several threads. Make with
-/// one of the two, free with mxt_files_free.
+/// What uses it needs it for itself; loads from memory may run at once on several threads. Make
+/// with one of the two, free with mxt_files_free.
 pub struct mxt_files {
     state: State,
     set: RwLock<Set>,
@@ -167,8 +168,8 @@ pub(super) unsafe fn given(files: *const mxt_files) -> Result<Arc<mxt_files>, Fa
 /// Makes files that the host reads and writes, and stores them in `*files` for the caller to free.
 /// `callbacks` is not read after the call.
 ///
-/// Errors: MXT_ERROR_NULL (also for functions that must be there), MXT_ERROR_STRUCT_SIZE. The message
-/// is in mxt_last_error.
+/// Errors: MXT_ERROR_NULL (also for functions that must be there), MXT_ERROR_STRUCT_SIZE. The
+/// message is in mxt_last_error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_files_from_callbacks(
     callbacks: *const mxt_file_callbacks,
@@ -184,8 +185,8 @@ pub unsafe extern "C" fn mxt_files_from_callbacks(
     })
 }
 
-/// Makes a set of files in memory, of which there are none yet, and stores it in `*files` for the caller
-/// to free.
+/// Makes a set of files in memory, of which there are none yet, and stores it in `*files` for the
+/// caller to free.
 ///
 /// Errors: MXT_ERROR_NULL. The message is in mxt_last_error.
 #[unsafe(no_mangle)]
@@ -198,8 +199,8 @@ pub unsafe extern "C" fn mxt_files_in_memory(files: *mut *mut mxt_files) -> mxt_
     })
 }
 
-/// Number of files in memory. 0 for files of the host's own, while another call changes them, and if
-/// `files` is NULL.
+/// Number of files in memory. 0 for files of the host's own, while another call changes them, and
+/// if `files` is NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_files_count(files: *const mxt_files) -> usize {
     // SAFETY: a live handle or NULL, as the header asks.
@@ -210,8 +211,9 @@ pub unsafe extern "C" fn mxt_files_count(files: *const mxt_files) -> usize {
     }
 }
 
-/// The name of file `index` in memory (0 to mxt_files_count - 1), in the order of their bytes; NULL where
-/// there is no such file, and if `files` is NULL. The text is valid until the files change or are freed.
+/// The name of file `index` in memory (0 to mxt_files_count - 1), in the order of their bytes; NULL
+/// where there is no such file, and if `files` is NULL. The text is valid until the files change or
+/// are freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_files_name(files: *const mxt_files, index: usize) -> *const c_char {
     // SAFETY: a live handle or NULL, as the header asks.
@@ -224,11 +226,11 @@ pub unsafe extern "C" fn mxt_files_name(files: *const mxt_files, index: usize) -
     name.unwrap_or(std::ptr::null())
 }
 
-/// Stores in `*bytes` where the bytes of a file in memory lie, and in `*count` how many there are. They
-/// are valid, to be read, until the files change or are freed.
+/// Stores in `*bytes` where the bytes of a file in memory lie, and in `*count` how many there are.
+/// They are valid, to be read, until the files change or are freed.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no file of this name, or files of
-/// the host's own), MXT_ERROR_BUSY.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no file of this name, or
+/// files of the host's own), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_files_view(
     files: *const mxt_files,
@@ -293,10 +295,10 @@ pub unsafe extern "C" fn mxt_files_put(
     }
 }
 
-/// mxt_files_put without a copy, of bytes that lie in the host's memory, such as a map of a file: they
-/// have to stay there, unchanged, until `user_data_free` is called with `user_data`: once, when the file
-/// is replaced or removed or the files are freed. `user_data_free` may be NULL; calls on the
-/// files from it return MXT_ERROR_BUSY.
+/// mxt_files_put without a copy, of bytes that lie in the host's memory, such as a map of a file:
+/// they have to stay there, unchanged, until `user_data_free` is called with `user_data`: once,
+/// when the file is replaced or removed or the files are freed. `user_data_free` may be NULL; calls
+/// on the files from it return MXT_ERROR_BUSY.
 ///
 /// Errors: those of mxt_files_put; the user data stay the caller's then.
 #[unsafe(no_mangle)]
@@ -383,8 +385,8 @@ pub unsafe extern "C" fn mxt_files_remove(
     }
 }
 
-/// mxt_model_load of files that lie elsewhere than in a folder. They are read in pieces; memory that was
-/// lent is not copied.
+/// mxt_model_load of files that lie elsewhere than in a folder. They are read in pieces; memory
+/// that was lent is not copied.
 ///
 /// Errors: those of mxt_model_load, with MXT_ERROR_IO for what the host's functions fail at, and
 /// MXT_ERROR_BUSY.
@@ -410,8 +412,8 @@ pub unsafe extern "C" fn mxt_model_load_from(
 /// mxt_stored_weights. A failure leaves the files as they were, and where they are the host's its
 /// functions see to that.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO (what the host's functions fail at),
-/// MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO (what the host's functions fail
+/// at), MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_save_to(
     model: *const mxt_model,
@@ -474,8 +476,8 @@ pub unsafe extern "C" fn mxt_model_save_lora_to(
 /// mxt_trainer_load of files that lie elsewhere than in a folder or, where `optimizer` is not NULL,
 /// mxt_trainer_load_as.
 ///
-/// Errors: those of mxt_trainer_load_as, with MXT_ERROR_IO for what the host's functions fail at, and
-/// MXT_ERROR_BUSY.
+/// Errors: those of mxt_trainer_load_as, with MXT_ERROR_IO for what the host's functions fail at,
+/// and MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_load_from(
     engine: *const mxt_engine,
@@ -505,9 +507,9 @@ pub unsafe extern "C" fn mxt_trainer_load_from(
     }
 }
 
-/// mxt_trainer_save to files that lie elsewhere than in a folder. A failure leaves the files as they
-/// were, and where they are the host's its functions see to that. Collective; of a group, rank 0 writes,
-/// and files of other ranks are not touched.
+/// mxt_trainer_save to files that lie elsewhere than in a folder. A failure leaves the files as
+/// they were, and where they are the host's its functions see to that. Collective; of a group, rank
+/// 0 writes, and files of other ranks are not touched.
 ///
 /// Errors: those of mxt_model_save_to, and MXT_ERROR_NOT_FINITE also for a moment.
 #[unsafe(no_mangle)]
@@ -552,8 +554,8 @@ pub unsafe extern "C" fn mxt_files_last_error(files: *const mxt_files) -> *const
     unsafe { guard::last_error("mxt_files_last_error", files) }
 }
 
-/// Gives the files up, and those in memory with them; NULL does nothing. What was loaded from them stays
-/// usable.
+/// Gives the files up, and those in memory with them; NULL does nothing. What was loaded from them
+/// stays usable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_files_free(files: *mut mxt_files) {
     // SAFETY: a live handle or NULL, as the header asks.

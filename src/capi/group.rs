@@ -126,9 +126,9 @@ pub struct mxt_group {
     /// is freed, or until `user_data_free` is called with it.
     pub user_data: *mut c_void,
     /// Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
-    /// library will never call the functions above again; as log_user_data_free of mxt_engine_options.
-    /// Where there is one rank, that is the end of mxt_engine_new itself. NULL (default): nothing is
-    /// called.
+    /// library will never call the functions above again; as log_user_data_free of
+    /// mxt_engine_options. Where there is one rank, that is the end of mxt_engine_new itself. NULL
+    /// (default): nothing is called.
     pub user_data_free: mxt_user_data_free_fn,
     /// Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot
     /// tell a rank that is gone from one that is slow, and the callbacks show one that is gone

@@ -78,8 +78,8 @@ pub struct mxt_run_options {
     pub on_step: mxt_step_fn,
     /// Passed to on_step.
     pub user_data: *mut c_void,
-    /// Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call. They are
-    /// in use only inside each checkpoint, not while the callback runs.
+    /// Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call.
+    /// They are in use only inside each checkpoint, not while the callback runs.
     pub save_files: *mut mxt_files,
 }
 versioned!(mxt_run_options, last = user_data: *mut c_void, then save_files: *mut mxt_files);
@@ -158,8 +158,8 @@ pub unsafe extern "C" fn mxt_run_options_init(
 /// failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 /// be done are, and after a failed evaluation they are also saved. Only an error of a step, a
 /// device that fails and a panic end the run; the steps before are then saved, if there is where to
-/// and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which can
-/// be saved (again), and `*result` is not written.
+/// and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which
+/// can be saved (again), and `*result` is not written.
 ///
 /// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
 #[unsafe(no_mangle)]

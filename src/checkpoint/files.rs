@@ -5,8 +5,8 @@
 //! have.
 //!
 //! NOTE: a host's files are written from their first byte to their last, so that they may be a
-//! socket or an archive. The checksums stand in front of the tensors that they are of; where nothing
-//! can be written over, tensors are read twice for them, and where it can, once.
+//! socket or an archive. The checksums stand in front of the tensors that they are of; where
+//! nothing can be written over, tensors are read twice for them, and where it can, once.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -70,8 +70,8 @@ pub trait FileSave {
         false
     }
 
-    /// Writes over the first bytes of the file that was begun last, all of which are there. Only called
-    /// where it can be done.
+    /// Writes over the first bytes of the file that was begun last, all of which are there. Only
+    /// called where it can be done.
     ///
     /// # Errors
     /// Whatever keeps them from being written.
@@ -142,8 +142,8 @@ impl MemoryFiles {
         self.0.insert(name.into(), Bytes::Own(bytes));
     }
 
-    /// Puts a file whose bytes lie elsewhere, such as a map of one on the disk: they are not copied,
-    /// and let go of with the file.
+    /// Puts a file whose bytes lie elsewhere, such as a map of one on the disk: they are not
+    /// copied, and let go of with the file.
     pub fn lend(&mut self, name: impl Into<String>, bytes: Arc<dyn AsRef<[u8]> + Send + Sync>) {
         self.0.insert(name.into(), Bytes::Lent(bytes));
     }

@@ -165,8 +165,9 @@ pub(crate) struct Kept<'a> {
 /// Writes a whole checkpoint, or leaves the one that is there untouched.
 ///
 /// A folder and its missing parents are created. Whatever else is in an existing checkpoint folder,
-/// such as a tokenizer, stays; a training state is replaced by `trainer` or removed, as it would not
-/// fit the new weights. Needs disk space for both checkpoints and memory for the largest tensor.
+/// such as a tokenizer, stays; a training state is replaced by `trainer` or removed, as it would
+/// not fit the new weights. Needs disk space for both checkpoints and memory for the largest
+/// tensor.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Format`] for a folder that must not be written to (a file, a folder with

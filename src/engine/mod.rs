@@ -55,8 +55,8 @@ pub struct EngineOptions {
     /// order, with the same options.
     pub group: Option<Group>,
     /// Gives large memory of the host: on the CPU weights, gradients, states, activations and
-    /// workspaces, and on every device what snapshots copy. It is dropped when all of that is. Without
-    /// it (default), the system maps it.
+    /// workspaces, and on every device what snapshots copy. It is dropped when all of that is.
+    /// Without it (default), the system maps it.
     pub allocator: Option<Box<dyn Allocator>>,
 }
 
@@ -86,11 +86,12 @@ pub struct MemoryUse {
     pub limit: u64,
 }
 
-/// What an engine and all that was made from it have in use of large memory; see [`Engine::memory`].
+/// What an engine and all that was made from it have in use of large memory; see
+/// [`Engine::memory`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineMemory {
-    /// Of the device: weights, gradients, states, activations and workspaces of models, trainers and
-    /// decoders. Of the CPU, this is memory of the host.
+    /// Of the device: weights, gradients, states, activations and workspaces of models, trainers
+    /// and decoders. Of the CPU, this is memory of the host.
     pub device: MemoryUse,
     /// Of the host beside it: snapshots.
     pub host: MemoryUse,
@@ -347,8 +348,8 @@ impl Engine {
         Some(room)
     }
 
-    /// How much large memory the engine, and all that was made from it, has in use now and has had in
-    /// use at most. Beside that there are buffers of a call, and what a GPU's driver takes.
+    /// How much large memory the engine, and all that was made from it, has in use now and has had
+    /// in use at most. Beside that there are buffers of a call, and what a GPU's driver takes.
     pub fn memory(&self) -> EngineMemory {
         let supply = on_device!(self.backend(), backend => backend.supply());
         let of = |kind, limit: Option<MemoryRoom>| {

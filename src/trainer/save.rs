@@ -226,8 +226,8 @@ impl Trainer {
     /// While it runs, `files` must not wait for anything that changes the model.
     ///
     /// # Errors
-    /// As [`Trainer::save`]; but for an error of [`crate::FileSave::commit`] itself, of which `files`
-    /// knows more, they are then what they were.
+    /// As [`Trainer::save`]; but for an error of [`crate::FileSave::commit`] itself, of which
+    /// `files` knows more, they are then what they were.
     pub fn save_to(&mut self, files: &mut dyn Files) -> Result<()> {
         self.save_at(Place::Files(files))
     }

@@ -534,24 +534,24 @@ const mxt_loss_fn = Ptr{Cvoid}
 
 """
 Opens the file `name` for reading, such as \"model.safetensors\": stores in `*file` what the other
-functions get for it, which is not looked at, and in `*size` its bytes. `name` is borrowed for the
-call. Several files are open at once.
+functions get for it, which is not looked at, and in `*size` its bytes. `name` is borrowed for
+the call. Several files are open at once.
 
-Returns 0; MXT_NO_SUCH_FILE where there is none of this name, which is no failure; any other number
-ends the load.
+Returns 0; MXT_NO_SUCH_FILE where there is none of this name, which is no failure; any other
+number ends the load.
 """
 const mxt_file_open_fn = Ptr{Cvoid}
 
 """
-Stores the `count` bytes from `offset` on in `to`, all of which lie in the file. A file is what it
-was when it was opened. Returns 0; any other number ends the load.
+Stores the `count` bytes from `offset` on in `to`, all of which lie in the file. A file is what
+it was when it was opened. Returns 0; any other number ends the load.
 """
 const mxt_file_read_fn = Ptr{Cvoid}
 
 """
 Ends the use of a file: called exactly once for each that was opened or created, also after a
-failure: a new file that has fewer bytes then than were announced is one of a save that has failed.
-Returns 0; any other number ends a save, of a file that was written.
+failure: a new file that has fewer bytes then than were announced is one of a save that has
+failed. Returns 0; any other number ends a save, of a file that was written.
 """
 const mxt_file_close_fn = Ptr{Cvoid}
 
@@ -561,9 +561,9 @@ Begins a save. Returns 0; any other number ends it, and nothing else is called.
 const mxt_files_begin_fn = Ptr{Cvoid}
 
 """
-Begins the file `name`, of which `size` bytes are going to be written, and stores in `*file` what the
-other functions get for it. `name` is borrowed for the call. One file is written at a time. Returns
-0; any other number ends the save.
+Begins the file `name`, of which `size` bytes are going to be written, and stores in `*file`
+what the other functions get for it. `name` is borrowed for the call. One file is written at a
+time. Returns 0; any other number ends the save.
 """
 const mxt_file_create_fn = Ptr{Cvoid}
 
@@ -575,14 +575,15 @@ const mxt_file_write_fn = Ptr{Cvoid}
 """
 Makes what was written since the save began the checkpoint, all of it at once. Files of the one
 before that were not written again are no part of it: mxt_file_open_fn must not find a
-\"trainer.json\" or \"trainer.safetensors\" any more where a model was saved without a training state.
-Returns 0; any other number says that this was not done, and the save is given up.
+\"trainer.json\" or \"trainer.safetensors\" any more where a model was saved without a training
+state. Returns 0; any other number says that this was not done, and the save is given up.
 """
 const mxt_files_commit_fn = Ptr{Cvoid}
 
 """
 Gives up the save that was begun, for something failed: called once in place of a successful
-commit, when all its files are closed. What the files were before the save, they must be after it.
+commit, when all its files are closed. What the files were before the save, they must be after
+it.
 """
 const mxt_files_abort_fn = Ptr{Cvoid}
 
@@ -637,13 +638,13 @@ number of threads may use it at once. Make with mxt_engine_new, free with mxt_en
 mutable struct mxt_engine end
 
 """
-A set of named files that checkpoints are loaded from and saved to, in place of a folder: the host's
-(mxt_files_from_callbacks) or in memory (mxt_files_in_memory). Their bytes are those of a folder's
-files: \"config.json\" and \"model.safetensors\" and, of a trainer, \"trainer.json\" and
+A set of named files that checkpoints are loaded from and saved to, in place of a folder: the
+host's (mxt_files_from_callbacks) or in memory (mxt_files_in_memory). Their bytes are those of a
+folder's files: \"config.json\" and \"model.safetensors\" and, of a trainer, \"trainer.json\" and
 \"trainer.safetensors\". Loads read a model in several files with an index, too.
 
-What uses it needs it for itself; loads from memory may run at once on several threads. Make with
-one of the two, free with mxt_files_free.
+What uses it needs it for itself; loads from memory may run at once on several threads. Make
+with one of the two, free with mxt_files_free.
 """
 mutable struct mxt_files end
 
@@ -713,9 +714,9 @@ struct mxt_group
     # is freed, or until `user_data_free` is called with it.
     user_data::Ptr{Cvoid}
     # Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
-    # library will never call the functions above again; as log_user_data_free of mxt_engine_options.
-    # Where there is one rank, that is the end of mxt_engine_new itself. NULL (default): nothing is
-    # called.
+    # library will never call the functions above again; as log_user_data_free of
+    # mxt_engine_options. Where there is one rank, that is the end of mxt_engine_new itself. NULL
+    # (default): nothing is called.
     user_data_free::mxt_user_data_free_fn
     # Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot
     # tell a rank that is gone from one that is slow, and the callbacks show one that is gone
@@ -780,18 +781,18 @@ struct mxt_engine_options
     # The ranks that train together, of which this engine is one; see mxt_group. mxt_engine_new is
     # collective then. Borrowed for the call. NULL (default): it trains alone.
     group::Ptr{mxt_group}
-    # Gives large memory of the host in place of the system: on the CPU weights, gradients, states,
-    # activations and workspaces, and on every device what snapshots copy. It is asked for some large
-    # blocks by the calls that make models, trainers, decoders and snapshots, not by steps. NULL
-    # (default): the system maps them.
+    # Gives large memory of the host in place of the system: on the CPU weights, gradients,
+    # states, activations and workspaces, and on every device what snapshots copy. It is asked for
+    # some large blocks by the calls that make models, trainers, decoders and snapshots, not by
+    # steps. NULL (default): the system maps them.
     allocate::mxt_allocate_fn
     # Takes back what `allocate` gave. Must be there where that is.
     deallocate::mxt_deallocate_fn
-    # Passed to the two. It must stay valid until the engine and everything made from it is freed, or
-    # until `allocator_user_data_free` is called with it.
+    # Passed to the two. It must stay valid until the engine and everything made from it is freed,
+    # or until `allocator_user_data_free` is called with it.
     allocator_user_data::Ptr{Cvoid}
-    # Called with `allocator_user_data` exactly once for each call of mxt_engine_new that succeeds,
-    # when all memory is given back and the library will never call the two again; as
+    # Called with `allocator_user_data` exactly once for each call of mxt_engine_new that
+    # succeeds, when all memory is given back and the library will never call the two again; as
     # log_user_data_free. Where `allocate` is NULL, that is the end of mxt_engine_new itself. NULL
     # (default): nothing is called.
     allocator_user_data_free::mxt_user_data_free_fn
@@ -799,26 +800,26 @@ end
 
 """
 What an engine, and all that was made from it, has in use of large memory. Set struct_size to
-sizeof(mxt_memory_use) before the call that fills it. Beside that there are buffers of a call, and
-what a GPU's driver takes.
+sizeof(mxt_memory_use) before the call that fills it. Beside that there are buffers of a call,
+and what a GPU's driver takes.
 """
 struct mxt_memory_use
     # sizeof(mxt_memory_use), set by the caller.
     struct_size::Csize_t
-    # Bytes of the device that are in use now: weights, gradients, states, activations and workspaces
-    # of models, trainers and decoders. Of the CPU, this is memory of the host.
+    # Bytes of the device that are in use now: weights, gradients, states, activations and
+    # workspaces of models, trainers and decoders. Of the CPU, this is memory of the host.
     device_bytes::UInt64
     # The most of them at any time since the engine was made.
     device_peak::UInt64
-    # The most bytes that the device has for all that runs there, or memory_limit of the engine where
-    # that is less; 0 where the system does not say.
+    # The most bytes that the device has for all that runs there, or memory_limit of the engine
+    # where that is less; 0 where the system does not say.
     device_limit::UInt64
     # Bytes of the host beside them that are in use now: snapshots.
     host_bytes::UInt64
     # The most of them at any time since the engine was made.
     host_peak::UInt64
-    # The most bytes that the machine and the process's control groups give; 0 where the system does
-    # not say.
+    # The most bytes that the machine and the process's control groups give; 0 where the system
+    # does not say.
     host_limit::UInt64
 end
 
@@ -1253,8 +1254,9 @@ end
 The host's functions for the files of a checkpoint. Fill it with mxt_file_callbacks_init.
 
 They run on the thread that is inside the call that loads or saves, in which only that call uses
-them. They may call the library, but calls on the mxt_files, on the trainer that is saved, and such
-as would change the model that is saved, return MXT_ERROR_BUSY. They must not throw or longjmp.
+them. They may call the library, but calls on the mxt_files, on the trainer that is saved, and
+such as would change the model that is saved, return MXT_ERROR_BUSY. They must not throw or
+longjmp.
 """
 struct mxt_file_callbacks
     # Set by mxt_file_callbacks_init.
@@ -1279,10 +1281,11 @@ struct mxt_file_callbacks
     abort::mxt_files_abort_fn
     # Says why a function failed, or NULL (default): messages have the number that it returned.
     error::mxt_files_error_fn
-    # Called with `user_data`, whatever it is, exactly once for each call of mxt_files_from_callbacks
-    # that succeeds, when the library will never call the functions above again: at the end of
-    # mxt_files_free, or of the call that still uses the files then. A mxt_files_from_callbacks that
-    # fails never calls it: user_data is the caller's still. NULL (default): nothing is called.
+    # Called with `user_data`, whatever it is, exactly once for each call of
+    # mxt_files_from_callbacks that succeeds, when the library will never call the functions above
+    # again: at the end of mxt_files_free, or of the call that still uses the files then. A
+    # mxt_files_from_callbacks that fails never calls it: user_data is the caller's still. NULL
+    # (default): nothing is called.
     user_data_free::mxt_user_data_free_fn
 end
 
@@ -1361,8 +1364,8 @@ struct mxt_run_options
     on_step::mxt_step_fn
     # Passed to on_step.
     user_data::Ptr{Cvoid}
-    # Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call. They are
-    # in use only inside each checkpoint, not while the callback runs.
+    # Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call.
+    # They are in use only inside each checkpoint, not while the callback runs.
     save_files::Ptr{mxt_files}
 end
 
@@ -1532,8 +1535,8 @@ end
 """
     mxt_engine_memory(engine, memory)
 
-Stores how much large memory `engine`, and all that was made from it, has in use in `*memory`, whose
-struct_size the caller has set. Any thread may call it at any time.
+Stores how much large memory `engine`, and all that was made from it, has in use in `*memory`,
+whose struct_size the caller has set. Any thread may call it at any time.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 """
@@ -3135,8 +3138,8 @@ end
 Makes files that the host reads and writes, and stores them in `*files` for the caller to free.
 `callbacks` is not read after the call.
 
-Errors: MXT_ERROR_NULL (also for functions that must be there), MXT_ERROR_STRUCT_SIZE. The message
-is in mxt_last_error.
+Errors: MXT_ERROR_NULL (also for functions that must be there), MXT_ERROR_STRUCT_SIZE. The
+message is in mxt_last_error.
 """
 function mxt_files_from_callbacks(callbacks, files)
     return @ccall libmxfp4train.mxt_files_from_callbacks(
@@ -3148,8 +3151,8 @@ end
 """
     mxt_files_in_memory(files)
 
-Makes a set of files in memory, of which there are none yet, and stores it in `*files` for the caller
-to free.
+Makes a set of files in memory, of which there are none yet, and stores it in `*files` for the
+caller to free.
 
 Errors: MXT_ERROR_NULL. The message is in mxt_last_error.
 """
@@ -3160,8 +3163,8 @@ end
 """
     mxt_files_count(files)
 
-Number of files in memory. 0 for files of the host's own, while another call changes them, and if
-`files` is NULL.
+Number of files in memory. 0 for files of the host's own, while another call changes them, and
+if `files` is NULL.
 """
 function mxt_files_count(files)
     return @ccall libmxfp4train.mxt_files_count(files::Ptr{mxt_files})::Csize_t
@@ -3170,8 +3173,9 @@ end
 """
     mxt_files_name(files, index)
 
-The name of file `index` in memory (0 to mxt_files_count - 1), in the order of their bytes; NULL where
-there is no such file, and if `files` is NULL. The text is valid until the files change or are freed.
+The name of file `index` in memory (0 to mxt_files_count - 1), in the order of their bytes; NULL
+where there is no such file, and if `files` is NULL. The text is valid until the files change or
+are freed.
 """
 function mxt_files_name(files, index)
     return @ccall libmxfp4train.mxt_files_name(
@@ -3183,11 +3187,11 @@ end
 """
     mxt_files_view(files, name, bytes, count)
 
-Stores in `*bytes` where the bytes of a file in memory lie, and in `*count` how many there are. They
-are valid, to be read, until the files change or are freed.
+Stores in `*bytes` where the bytes of a file in memory lie, and in `*count` how many there are.
+They are valid, to be read, until the files change or are freed.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no file of this name, or files of
-the host's own), MXT_ERROR_BUSY.
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no file of this name, or
+files of the host's own), MXT_ERROR_BUSY.
 """
 function mxt_files_view(files, name, bytes, count)
     return @ccall libmxfp4train.mxt_files_view(
@@ -3218,10 +3222,10 @@ end
 """
     mxt_files_lend(files, name, bytes, count, user_data, user_data_free)
 
-mxt_files_put without a copy, of bytes that lie in the host's memory, such as a map of a file: they
-have to stay there, unchanged, until `user_data_free` is called with `user_data`: once, when the file
-is replaced or removed or the files are freed. `user_data_free` may be NULL; calls on the
-files from it return MXT_ERROR_BUSY.
+mxt_files_put without a copy, of bytes that lie in the host's memory, such as a map of a file:
+they have to stay there, unchanged, until `user_data_free` is called with `user_data`: once,
+when the file is replaced or removed or the files are freed. `user_data_free` may be NULL; calls
+on the files from it return MXT_ERROR_BUSY.
 
 Errors: those of mxt_files_put; the user data stay the caller's then.
 """
@@ -3253,8 +3257,8 @@ end
 """
     mxt_model_load_from(engine, files, model)
 
-mxt_model_load of files that lie elsewhere than in a folder. They are read in pieces; memory that was
-lent is not copied.
+mxt_model_load of files that lie elsewhere than in a folder. They are read in pieces; memory
+that was lent is not copied.
 
 Errors: those of mxt_model_load, with MXT_ERROR_IO for what the host's functions fail at, and
 MXT_ERROR_BUSY.
@@ -3274,8 +3278,8 @@ mxt_model_save_as to files that lie elsewhere than in a folder. `weights` is one
 mxt_stored_weights. A failure leaves the files as they were, and where they are the host's its
 functions see to that.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO (what the host's functions fail at),
-MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO (what the host's functions fail
+at), MXT_ERROR_NOT_FINITE (a weight), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 """
 function mxt_model_save_to(model, files, weights)
     return @ccall libmxfp4train.mxt_model_save_to(
@@ -3322,8 +3326,8 @@ end
 mxt_trainer_load of files that lie elsewhere than in a folder or, where `optimizer` is not NULL,
 mxt_trainer_load_as.
 
-Errors: those of mxt_trainer_load_as, with MXT_ERROR_IO for what the host's functions fail at, and
-MXT_ERROR_BUSY.
+Errors: those of mxt_trainer_load_as, with MXT_ERROR_IO for what the host's functions fail at,
+and MXT_ERROR_BUSY.
 """
 function mxt_trainer_load_from(engine, files, optimizer, trainer)
     return @ccall libmxfp4train.mxt_trainer_load_from(
@@ -3337,9 +3341,9 @@ end
 """
     mxt_trainer_save_to(trainer, files)
 
-mxt_trainer_save to files that lie elsewhere than in a folder. A failure leaves the files as they
-were, and where they are the host's its functions see to that. Collective; of a group, rank 0 writes,
-and files of other ranks are not touched.
+mxt_trainer_save to files that lie elsewhere than in a folder. A failure leaves the files as
+they were, and where they are the host's its functions see to that. Collective; of a group, rank
+0 writes, and files of other ranks are not touched.
 
 Errors: those of mxt_model_save_to, and MXT_ERROR_NOT_FINITE also for a moment.
 """
@@ -3380,8 +3384,8 @@ end
 """
     mxt_files_free(files)
 
-Gives the files up, and those in memory with them; NULL does nothing. What was loaded from them stays
-usable.
+Gives the files up, and those in memory with them; NULL does nothing. What was loaded from them
+stays usable.
 """
 function mxt_files_free(files)
     return @ccall libmxfp4train.mxt_files_free(files::Ptr{mxt_files})::Cvoid
@@ -3492,8 +3496,8 @@ result counts it, and the next one is tried when it is due. Where the last evalu
 failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 be done are, and after a failed evaluation they are also saved. Only an error of a step, a
 device that fails and a panic end the run; the steps before are then saved, if there is where to
-and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which can
-be saved (again), and `*result` is not written.
+and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which
+can be saved (again), and `*result` is not written.
 
 Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
 """

@@ -210,8 +210,9 @@ function close_file(user_data::Ptr{Cvoid}, file::Ptr{Cvoid})
     return close(pop!(slot_store(user_data).files, UInt(file)))
 end
 
-on_files_begin(user_data::Ptr{Cvoid})::Int32 =
-    guarded(() -> (slot_store(user_data).store.begin_save(); nothing))
+function on_files_begin(user_data::Ptr{Cvoid})::Int32
+    return guarded(() -> (slot_store(user_data).store.begin_save(); nothing))
+end
 
 function on_file_create(
     user_data::Ptr{Cvoid},
@@ -239,8 +240,9 @@ function on_file_write(
     end
 end
 
-on_files_commit(user_data::Ptr{Cvoid})::Int32 =
-    guarded(() -> (slot_store(user_data).store.commit(); nothing))
+function on_files_commit(user_data::Ptr{Cvoid})::Int32
+    return guarded(() -> (slot_store(user_data).store.commit(); nothing))
+end
 
 function on_files_abort(user_data::Ptr{Cvoid})::Cvoid
     exchanged(() -> (slot_store(user_data).store.abort(); nothing))

@@ -4,19 +4,19 @@
     MXFP4Train.FileStore(; open, create, commit, abort, begin_save = () -> nothing)
 
 A program's own place for the files of a checkpoint, which [`MXFP4Train.save`](@ref) and
-[`MXFP4Train.load`](@ref) take in place of a folder, as they take an `AbstractDict` of names and vectors
-of bytes.
+[`MXFP4Train.load`](@ref) take in place of a folder, as they take an `AbstractDict` of names and
+vectors of bytes.
 
 - `open(name)` is an `IO` that can be read and seeked, or `nothing` where there is no such file.
 - `begin_save()` begins a save.
-- `create(name, size)` is an `IO` to which so many bytes are going to be written, from the first to the
-  last. It is closed before the next one is made.
-- `commit()` is called when all files are written: they take the place of those of the save before. A
-  `"trainer.json"` or `"trainer.safetensors"` that was not written, as with a model, is gone.
+- `create(name, size)` is an `IO` to which so many bytes are going to be written, from the first to
+  the last. It is closed before the next one is made.
+- `commit()` is called when all files are written: they take the place of those of the save before.
+  A `"trainer.json"` or `"trainer.safetensors"` that was not written, as with a model, is gone.
 - `abort()` is called in its place where anything failed: the files are what they were before.
 
-What one of them, or an `IO`, throws is thrown by the call that loads or saves. Meanwhile the trainer
-and its model are busy.
+What one of them, or an `IO`, throws is thrown by the call that loads or saves. Meanwhile the
+trainer and its model are busy.
 """
 struct FileStore
     open::Any
@@ -118,7 +118,9 @@ store_of(store::FileStore) = store
 function store_of(files::AbstractDict)
     fresh = Dict{String,Written}()
     return FileStore(
-        open = name -> haskey(files, name) ? IOBuffer(convert(Vector{UInt8}, files[name])) : nothing,
+        open = function (name)
+            return haskey(files, name) ? IOBuffer(convert(Vector{UInt8}, files[name])) : nothing
+        end,
         begin_save = () -> empty!(fresh),
         create = (name, size) -> (fresh[name] = Written(sizehint!(UInt8[], size))),
         commit = function ()
@@ -218,8 +220,8 @@ end
     MXFP4Train.save(snapshot, files)
 
 Saves a trainer, or what it was, to a dictionary of names and bytes, or to a
-[`MXFP4Train.FileStore`](@ref). The bytes are those of the files of a folder. A dictionary changes when
-all is written.
+[`MXFP4Train.FileStore`](@ref). The bytes are those of the files of a folder. A dictionary changes
+when all is written.
 """
 function save(trainer::Trainer, place::FilePlace)
     return save_with(place) do files

@@ -406,8 +406,7 @@ const char *mxt_last_error(void);
 mxt_status mxt_group_init(struct mxt_group *group, size_t struct_size);
 mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t struct_size);
 mxt_status mxt_engine_new(const struct mxt_engine_options *options, struct mxt_engine **engine);
-mxt_status mxt_engine_memory(const struct mxt_engine *engine,
-                             struct mxt_memory_use *memory);
+mxt_status mxt_engine_memory(const struct mxt_engine *engine, struct mxt_memory_use *memory);
 const char *mxt_engine_device(const struct mxt_engine *engine);
 size_t mxt_engine_threads(const struct mxt_engine *engine);
 uint64_t mxt_engine_seed(const struct mxt_engine *engine);
@@ -635,8 +634,7 @@ mxt_status mxt_files_from_callbacks(const struct mxt_file_callbacks *callbacks,
                                     struct mxt_files **files);
 mxt_status mxt_files_in_memory(struct mxt_files **files);
 size_t mxt_files_count(const struct mxt_files *files);
-const char *mxt_files_name(const struct mxt_files *files,
-                           size_t index);
+const char *mxt_files_name(const struct mxt_files *files, size_t index);
 mxt_status mxt_files_view(const struct mxt_files *files,
                           const char *name,
                           const void **bytes,
@@ -666,8 +664,7 @@ mxt_status mxt_trainer_load_from(const struct mxt_engine *engine,
                                  struct mxt_files *files,
                                  const char *optimizer,
                                  struct mxt_trainer **trainer);
-mxt_status mxt_trainer_save_to(struct mxt_trainer *trainer,
-                               struct mxt_files *files);
+mxt_status mxt_trainer_save_to(struct mxt_trainer *trainer, struct mxt_files *files);
 mxt_status mxt_snapshot_save_to(struct mxt_snapshot *snapshot, struct mxt_files *files);
 const char *mxt_files_last_error(const struct mxt_files *files);
 void mxt_files_free(struct mxt_files *files);
