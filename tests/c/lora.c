@@ -56,7 +56,7 @@ static void adapters(const mxt_engine *engine, const mxt_dataset *dataset, const
   OK(mxt_model_tensor_read(third, B, copy, B_COUNT));
   CHECK(memcmp(b, copy, sizeof b) == 0);
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "adapters", mxt_model_save_lora_to(base, memory));
-  FAILS(MXT_ERROR_IO, "config.json", mxt_model_load_from(engine, memory, &merged));
+  FAILS(MXT_ERROR_FORMAT, "config.json", mxt_model_load_from(engine, memory, &merged));
   mxt_model_free(third);
   mxt_files_free(memory);
 

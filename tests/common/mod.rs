@@ -49,7 +49,7 @@ impl Compiler<'_> {
         for include in ["include", "bindings/cpp"] {
             command.arg("-I").arg(root().join(include));
         }
-        command.args(sources).arg(installed).arg(format!("-Wl,-rpath,{}", dir.display()));
+        command.args(sources).arg(installed).arg(search(dir));
         command.arg("-o").arg(&program).arg("-lm");
         succeed(&mut command);
         program
@@ -99,7 +99,7 @@ pub(crate) fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> 
             if !installed.exists() {
                 std::os::unix::fs::symlink(library("so"), &installed).expect("a link can be made");
             }
-            command.arg(installed).arg(format!("-Wl,-rpath,{}", dir.display()));
+            command.arg(installed).arg(search(dir));
         }
         Link::Static => {
             command.arg(library("a"));
@@ -113,6 +113,12 @@ pub(crate) fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> 
     }
     succeed(command.args(["-lpthread", "-ldl", "-lm"]));
     program
+}
+
+/// Where programs find the library, whatever LD_LIBRARY_PATH says: cargo's has the folder in it where
+/// `cargo build` may have left an older one.
+fn search(dir: &Path) -> String {
+    format!("-Wl,--disable-new-dtags,-rpath,{}", dir.display())
 }
 
 /// Makes the static library whose only symbols are those of the header.
