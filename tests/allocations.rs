@@ -134,6 +134,8 @@ fn a_step_allocates_nothing() {
                 optimizer: Optimizer { epsilon, ..optimizer },
                 schedule: Schedule { total_steps: 1000, ..Schedule::default() },
                 token_drop: drops.then(|| "start=16,steps=20".parse().unwrap()),
+                // That of a square.
+                document_end: (model.config().mlp_channels == 37).then_some(4),
                 ..TrainerOptions::default()
             };
             let mut trainer = Trainer::new(model, options).unwrap();

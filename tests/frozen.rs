@@ -135,8 +135,11 @@ fn what_is_frozen_takes_nothing() {
         let [all, some] = ["", "transformer.h.*"]
             .map(|frozen| plan(&engine, &config(), &options("bf16", "adamw", frozen)).unwrap());
         let of_blocks = config().parameter_count() - (61 + 16 + 2) * 64;
-        assert_eq!(all.gradients - some.gradients, 4 * of_blocks);
-        assert_eq!(all.optimizer - some.optimizer, 8 * of_blocks);
+        // On a GPU there is more between tensors.
+        let between = if engine.device() == "cpu" { 1 } else { 24 * 256 };
+        let is_near = |bytes: u64, exact: u64| (exact..exact + between).contains(&bytes);
+        assert!(is_near(all.gradients - some.gradients, 4 * of_blocks));
+        assert!(is_near((all.optimizer - some.optimizer) / 2, 4 * of_blocks));
         assert_eq!(all.weights, some.weights);
 
         let model = Model::new(&engine, &config()).unwrap();

@@ -2,15 +2,10 @@
 
 use super::{Memory, Precision, Sequences};
 
-/// Where documents that are packed into sequences begin and end: words of 32 bits, (2, B, T). First
-/// of each position the position of its sequence at which its document begins, then of each the one
-/// behind its document's last. A position looks at its own document alone.
-pub type Documents<'a, B> = &'a <B as Memory>::Bytes;
-
-/// Bytes of [`Documents`] of so many rows.
-pub fn document_bytes(rows: usize) -> usize {
-    2 * rows * size_of::<u32>()
-}
+/// Where documents that are packed into sequences begin and end: (2, B, T). First of each position the
+/// position of its sequence at which its document begins, then of each the one behind its document's
+/// last. A position looks at its own document alone.
+pub type Documents<'a, B> = &'a <B as Memory>::Tokens;
 
 /// Sizes of an attention operation.
 #[derive(Clone, Copy, Debug, PartialEq)]

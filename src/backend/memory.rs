@@ -93,8 +93,8 @@ pub trait Memory: Send + Sync + Sized + 'static {
     type Param<'a>: Send + Sync;
     /// The gradient of a parameter, to be written.
     type Gradient<'a>: Send;
-    /// Token numbers.
-    type Tokens: Send;
+    /// Token numbers, and others of 32 bits that come with them.
+    type Tokens: Send + Sync;
     /// Scratch memory of the kernels.
     type Workspace: Send;
 

@@ -39,7 +39,7 @@ mod select;
 mod stream;
 
 pub use crate::optim::{Largest, OptimizerStep, StepSums, UpdateSums};
-pub use attend::{Attend, AttentionBackward, AttentionShape, Documents, document_bytes};
+pub use attend::{Attend, AttentionBackward, AttentionShape, Documents};
 pub use block::Allocator;
 pub use decode::{Decode, DecoderWeights, OfSequence};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};

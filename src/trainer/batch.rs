@@ -169,7 +169,7 @@ impl<B: Backend> BatchBuffers<B> {
                 });
             }
         }
-        self.packed.upload(backend, rows)?;
+        self.packed.upload(backend, rows);
         match self.weighted {
             true => backend.write_f32(&mut self.weights, 0, &self.given_weights[..rows]),
             false => Ok(()),

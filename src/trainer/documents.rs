@@ -5,7 +5,7 @@
 //! if nobody had asked. Nor does it take memory, unless the options have a token that ends documents: a
 //! host that gives them makes the first batch that has any allocate.
 
-use crate::backend::{Backend, Documents, Sequences, document_bytes};
+use crate::backend::{Backend, Documents, Sequences};
 use crate::model::OnDevice;
 use crate::reserve::zeros;
 use crate::run::TrainerOptions;
@@ -30,7 +30,7 @@ pub(super) struct Packed<B: Backend> {
     /// (2, B, T): [`Documents`], and the same on the device; unless options say that there are any,
     /// from the first batch on that has some.
     words: Vec<u32>,
-    on_device: Option<B::Bytes>,
+    on_device: Option<B::Tokens>,
     /// Whether a sequence of the batch has more than one.
     are_there: bool,
     /// Why there must not be any.
@@ -54,7 +54,7 @@ impl<B: Backend> Packed<B> {
             end,
             given: zeros(WHAT, here(rows))?,
             words: zeros(WHAT, words)?,
-            on_device: end.map(|_| backend.bytes(arena, document_bytes(rows))),
+            on_device: end.map(|_| backend.tokens(arena, 2 * rows, false)).transpose()?,
             are_there: false,
             mixes,
         })
@@ -132,17 +132,17 @@ impl<B: Backend> Packed<B> {
         most: usize,
     ) -> Result<()> {
         if self.are_there && self.on_device.is_none() {
-            let cut = |arena: &mut B::Arena| Ok(on.backend.bytes(arena, document_bytes(most)));
+            let cut = |arena: &mut B::Arena| on.backend.tokens(arena, 2 * most, false);
             self.on_device = Some(on.allocate(engine, WHAT, cut)?);
         }
         Ok(())
     }
 
     /// Brings those of so many rows to the device.
-    pub(super) fn upload(&mut self, backend: &B, rows: usize) -> Result<()> {
-        match self.on_device.as_mut().filter(|_| self.are_there) {
-            None => Ok(()),
-            Some(to) => backend.write_bytes(to, 0, bytemuck::cast_slice(&self.words[..2 * rows])),
+    pub(super) fn upload(&mut self, backend: &B, rows: usize) {
+        if let Some(to) = self.on_device.as_mut().filter(|_| self.are_there) {
+            let words = &self.words[..2 * rows];
+            backend.write_tokens(to, words.len(), |to| to.copy_from_slice(words));
         }
     }
 }

@@ -686,7 +686,8 @@ end
     evaluate!(trainer, inputs(rows), targets(rows); documents = documents, losses = apart)
     @test apart[1:6, :] == together[1:6, :] && all(apart[7:16, :] .!= together[7:16, :])
     for of in (7:7, 8:16)
-        alone, found = Trainer(Model(trainer); batch_size = 2, sequence_length = length(of)), fill(NaN, length(of), 2)
+        alone = Trainer(Model(trainer); batch_size = 2, sequence_length = length(of))
+        found = fill(NaN, length(of), 2)
         evaluate!(alone, inputs(rows)[of, :], targets(rows)[of, :]; losses = found)
         @test found == apart[of, :]
     end

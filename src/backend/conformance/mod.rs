@@ -263,11 +263,11 @@ fn packed(sequences: Sequences, lengths: &[usize]) -> [Vec<u32>; 2] {
 }
 
 /// The same on the device.
-fn documents<B: Harness>(b: &B, bounds: &[Vec<u32>; 2]) -> B::Bytes {
+fn documents<B: Harness>(b: &B, bounds: &[Vec<u32>; 2]) -> B::Tokens {
     let words = bounds.concat();
-    let mut bytes = cut(b, |arena| b.bytes(arena, document_bytes(bounds[0].len())));
-    b.write_bytes(&mut bytes, 0, bytemuck::cast_slice(&words)).unwrap();
-    bytes
+    let mut documents = cut(b, |arena| b.tokens(arena, words.len(), false).unwrap());
+    b.write_tokens(&mut documents, words.len(), |to| to.copy_from_slice(&words));
+    documents
 }
 
 /// The layers of a recipe whose layers are alike.

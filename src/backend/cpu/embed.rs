@@ -43,9 +43,8 @@ impl Embed for Cpu {
         wpe: &[f32],
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        let starts: Option<&[u32]> = documents.map(|bounds| bytemuck::cast_slice(bounds));
         self.embed_rows(out, tokens, wte, (sequences.rows(), channels), |row| {
-            let start = starts.map_or(0, |starts| starts[row] as usize);
+            let start = documents.map_or(0, |starts| starts[row] as usize);
             &wpe[(row % sequences.length).saturating_sub(start) * channels..][..channels]
         });
     }

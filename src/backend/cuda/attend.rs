@@ -135,7 +135,7 @@ impl Attend for Cuda {
             Some(documents) => {
                 launch!(self.gpu, packed, grid, block, shared;
                 out.address, lse.address(), amax, qkv.address(),
-                PackedHeads::new(shape, documents.address));
+                PackedHeads::new(shape, documents.ids()));
             }
         }
     }
@@ -171,7 +171,7 @@ impl Attend for Cuda {
                 Some(documents) => {
                     launch!(self.gpu, packed, grid, *block, *shared;
                     dqkv.address, amax, dout.address(), lse.address(), delta, qkv.address(),
-                    PackedHeads::new(shape, documents.address));
+                    PackedHeads::new(shape, documents.ids()));
                 }
             }
         }

@@ -17,7 +17,7 @@ use crate::backend::{Documents, Embed, EmbeddingGradients, EmbeddingShape};
 pub(crate) struct Tokens {
     ids: Piece,
     /// What was written last, which the runs are sorted from.
-    upload: Upload,
+    upload: Mutex<Upload>,
     /// Of tokens whose embeddings get gradients.
     runs: Option<Mutex<TokenRuns>>,
 }
@@ -36,7 +36,7 @@ impl Tokens {
     pub(super) fn new(arena: &mut Arena, len: usize, have_gradients: bool) -> Result<Self> {
         let (ids, upload) = (arena.bytes(len * 4), arena.upload(len));
         let runs = have_gradients.then(|| TokenRuns::new(arena, len)).transpose()?;
-        Ok(Self { ids, upload, runs: runs.map(Mutex::new) })
+        Ok(Self { ids, upload: Mutex::new(upload), runs: runs.map(Mutex::new) })
     }
 
     /// The address of the token numbers.
@@ -45,7 +45,8 @@ impl Tokens {
     }
 
     pub(super) fn write(&mut self, len: usize, fill: impl FnOnce(&mut [u32])) {
-        self.upload.send(self.ids.address, len, fill);
+        let upload = self.upload.get_mut().unwrap_or_else(PoisonError::into_inner);
+        upload.send(self.ids.address, len, fill);
     }
 
     /// Sorts the first `rows` tokens and uploads their runs; addresses of order, starts and count.
@@ -53,7 +54,8 @@ impl Tokens {
         let runs = self.runs.as_ref().expect("made for tokens with gradients");
         let mut runs = runs.lock().unwrap_or_else(PoisonError::into_inner);
         // Where pinned memory was refused, which is noted, nothing was sent.
-        let tokens = self.upload.sent();
+        let upload = self.upload.lock().unwrap_or_else(PoisonError::into_inner);
+        let tokens = upload.sent();
         runs.upload(&tokens[..rows.min(tokens.len())])
     }
 }
@@ -109,7 +111,7 @@ impl Embed for Cuda {
         let rows = sequences.rows();
         let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
         launch!(self.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
-            out.write().address, tokens.ids(), wte, wpe, documents.map_or(0, |words| words.address),
+            out.write().address, tokens.ids(), wte, wpe, documents.map_or(0, Tokens::ids),
             sequences.length as u32, channels as u32);
     }
 
@@ -136,7 +138,7 @@ impl Embed for Cuda {
         }
         let grid = [(sequences.length * channels).div_ceil(256), 1, 1];
         if let Some(documents) = documents {
-            let ends = documents.address + (rows * size_of::<u32>()) as u64;
+            let ends = documents.ids() + (rows * size_of::<u32>()) as u64;
             launch!(self.gpu, kernel!(dout, "embedding_backward_documents"), grid, 256, 0;
                 dwpe.in_f32(), dout.address(), ends,
                 sequences.batch as u32, sequences.length as u32, channels as u32);

@@ -146,15 +146,12 @@ fn backward_head(isa: Isa, precision: Precision, scratch: &mut [f32], head: Head
 /// What they are is given as words on the device, so a range is believed only as far as it goes on and
 /// ends within the sequence.
 pub(super) fn pieces(
-    documents: Option<&Buffer<u8>>,
+    documents: Option<&Buffer<u32>>,
     sequences: Sequences,
     sequence: usize,
 ) -> impl Iterator<Item = Range<usize>> {
     let (rows, length) = (sequences.rows(), sequences.length);
-    let ends = documents.map(|bounds| {
-        let ends: &[u32] = &bytemuck::cast_slice(bounds)[rows..];
-        &ends[sequence * length..][..length]
-    });
+    let ends = documents.map(|bounds| &bounds[rows + sequence * length..][..length]);
     let mut next = 0;
     std::iter::from_fn(move || {
         let start = next;

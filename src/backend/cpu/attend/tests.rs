@@ -42,7 +42,7 @@ fn attention_of(
     cpu: &Cpu,
     shape: AttentionShape,
     (qkv, dout): (&Buffer<f32>, &Buffer<f32>),
-    documents: Option<&Buffer<u8>>,
+    documents: Option<&Buffer<u32>>,
 ) -> [Buffer<f32>; 3] {
     let (rows, mut memory) = (shape.sequences.rows(), workspace(cpu, shape));
     let (mut out, mut lse) = (poison(cpu, dout.len()), poison(cpu, rows * shape.heads));
@@ -132,7 +132,7 @@ fn grouped_queries_have_one_result() {
 }
 
 /// Where documents of these lengths, one sequence after the other, begin and end.
-fn documents(cpu: &Cpu, shape: AttentionShape, lengths: &[usize]) -> Buffer<u8> {
+fn documents(cpu: &Cpu, shape: AttentionShape, lengths: &[usize]) -> Buffer<u32> {
     let Sequences { length: t, .. } = shape.sequences;
     let (mut starts, mut ends) = (Vec::new(), Vec::new());
     for length in lengths {
@@ -141,9 +141,10 @@ fn documents(cpu: &Cpu, shape: AttentionShape, lengths: &[usize]) -> Buffer<u8> 
         ends.resize(starts.len(), (start + length) as u32);
     }
     let words = [starts, ends].concat();
-    let mut bytes = cpu.bytes(&mut cpu.arena(Some(4 * words.len() + 64)).unwrap(), 4 * words.len());
-    bytes.copy_from_slice(bytemuck::cast_slice(&words));
-    bytes
+    let mut arena = cpu.arena(Some(4 * words.len() + 64)).unwrap();
+    let mut bounds = cpu.tokens(&mut arena, words.len(), false).unwrap();
+    bounds.copy_from_slice(&words);
+    bounds
 }
 
 /// To the bit, both passes, on every instruction set: numbers of other documents are nowhere in it,
