@@ -248,7 +248,7 @@ fn a_resumed_run_goes_on_to_the_bit() {
             assert_eq!(again.model().config(), model.config());
             let losses: Vec<_> = (0..3).map(|_| again.step(&data).unwrap().loss).collect();
             assert_eq!(bits(&losses), bits(&expected));
-            has_all_of(&again.model(), &model);
+            has_all_of(again.model(), &model);
             // A model of it alone, too, and as other numbers.
             has_all_of(&Model::load(&engine, &folder).unwrap(), &base);
             let stored = dir.path().join("stored");
@@ -294,7 +294,7 @@ fn ranks_train_the_same_adapters() {
         (bits(&losses), tensors(&model))
     };
     let alone = run(&engines()[0]);
-    for of_rank in on_sharded_engines(2, |engine| run(&engine)) {
+    for of_rank in on_sharded_engines(2, run) {
         assert_eq!(of_rank, alone);
     }
 }
