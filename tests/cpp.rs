@@ -174,3 +174,44 @@ fn assert_sanitized(program: &Path) {
         assert!(symbols.contains(symbol), "{} has no {symbol}", program.display());
     }
 }
+
+/// What the C interface has grown by is not forgotten in C++: every field of its options, and every
+/// constant but codes of errors.
+#[test]
+fn the_header_has_all_fields_and_constants_of_c() {
+    let cpp = read("bindings/cpp/mxfp4train.hpp");
+    let structs = [
+        ("mxt_engine_options", "struct EngineOptions "),
+        ("mxt_model_config", "struct ModelConfig "),
+        ("mxt_trainer_options", "struct TrainerOptions "),
+        ("mxt_dataset_options", "struct DatasetOptions "),
+        ("mxt_decoder_options", "struct DecoderOptions "),
+        ("mxt_generate_options", "struct GenerateOptions "),
+        ("mxt_run_options", "struct RunOptions "),
+        ("mxt_run_result", "struct RunResult "),
+    ];
+    let layout = read("tests/abi/layout.txt");
+    for (c, of_cpp) in structs {
+        let body = cpp.split_once(of_cpp).expect(of_cpp).1;
+        let body = body.split_once("\n};\n").expect("an end").0;
+        let words: Vec<_> = body.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+        let fields = layout.lines().filter_map(|line| line.strip_prefix(c)?.strip_prefix('.'));
+        for field in fields.map(|field| field.split(' ').next().unwrap_or(field)) {
+            let is_plain = ["reserved", "struct_size"].contains(&field);
+            assert!(is_plain || words.contains(&field), "{of_cpp}lacks {field}");
+        }
+    }
+    let constants = layout.lines().filter_map(|line| line.strip_prefix("enum "));
+    for constant in constants.filter_map(|line| line.split(' ').next()) {
+        // Of failures, of what tensors are, and of groups, whose struct is C's own.
+        let is_of_c = ["MXT_OK", "MXT_STOPPED", "MXT_DTYPE_F32"].contains(&constant)
+            || ["MXT_ERROR_", "MXT_TRANSPORT_", "MXT_WIRE_"]
+                .iter()
+                .any(|of| constant.starts_with(of));
+        assert!(is_of_c || cpp.contains(constant), "{constant} is not in C++");
+    }
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(root().join(path)).expect(path)
+}

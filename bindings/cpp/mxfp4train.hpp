@@ -12,7 +12,8 @@
 // function of the same name; here is only what C++ adds:
 //
 // 1. Handles free themselves. They can be moved, not copied, and destroyed in any order. A handle
-//    that was moved from holds NULL: calls on it fail with MXT_ERROR_NULL.
+//    that was moved from, or made from nullptr, is empty: it is false, and calls on it fail with
+//    MXT_ERROR_NULL.
 //
 // 2. A call that fails throws mxt::error, with the status and the library's message.
 //    With MXT_NO_EXCEPTIONS defined before the include, or exceptions off in the compiler, the same
@@ -26,8 +27,8 @@
 //    object, once the C function has returned. An exception of a log callback is thrown again by
 //    the call that logged. Without exceptions a callback must not throw.
 //
-// 4. Option structs are the C structs with their defaults filled in. Their `const char *` fields
-//    are borrowed for the call that takes the struct: the string must live until then.
+// 4. Options are the C structs with their defaults filled in. Texts are std::string, and the
+//    options' own; what C says by a number is an enum class, such as mxt::Schedule::cosine.
 //
 // Memory that the classes themselves cannot get (for a vector of tokens, say) is std::bad_alloc, as
 // everywhere in C++.
@@ -43,6 +44,7 @@
 #include <iterator>
 #include <memory>
 #include <memory_resource>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -83,15 +85,74 @@ using EvalStats = mxt_eval_stats;
 using TensorUpdate = mxt_tensor_update;
 using WeightMetrics = mxt_weight_metrics;
 using Coverage = mxt_coverage;
-using RunResult = mxt_run_result;
 using MemoryPlan = mxt_memory_plan;
 using MemoryUse = mxt_memory_use;
+
+// What C says by numbers; each has the value of C's constant of its name.
+enum class LogLevel : std::int32_t {
+  warning = MXT_LOG_LEVEL_WARNING,
+  info = MXT_LOG_LEVEL_INFO,
+  debug = MXT_LOG_LEVEL_DEBUG,
+};
+enum class Architecture : std::int32_t { gpt2 = MXT_ARCHITECTURE_GPT2 };
+enum class Activation : std::int32_t {
+  gelu_tanh = MXT_ACTIVATION_GELU_TANH,
+  gelu = MXT_ACTIVATION_GELU,
+};
+enum class StoredWeights : std::int32_t {
+  f32 = MXT_STORED_WEIGHTS_F32,
+  f16 = MXT_STORED_WEIGHTS_F16,
+  bf16 = MXT_STORED_WEIGHTS_BF16,
+  mxfp4 = MXT_STORED_WEIGHTS_MXFP4,
+};
+enum class DecoderWeights : std::int32_t {
+  f32 = MXT_DECODER_WEIGHTS_F32,
+  bf16 = MXT_DECODER_WEIGHTS_BF16,
+  mxfp4 = MXT_DECODER_WEIGHTS_MXFP4,
+};
+enum class Draft : std::int32_t {
+  none = MXT_DRAFT_NONE,
+  ngram = MXT_DRAFT_NGRAM,
+  mxfp4 = MXT_DRAFT_MXFP4,
+  mxfp4_ngram = MXT_DRAFT_MXFP4_NGRAM,
+};
+// Of a token; `automatic` finds out.
+enum class TokenType : std::int32_t {
+  automatic = MXT_TOKEN_TYPE_AUTO,
+  u16 = MXT_TOKEN_TYPE_U16,
+  u32 = MXT_TOKEN_TYPE_U32,
+  i64 = MXT_TOKEN_TYPE_I64,
+  u8 = MXT_TOKEN_TYPE_U8,
+  i32 = MXT_TOKEN_TYPE_I32,
+};
+enum class Schedule : std::int32_t {
+  constant = MXT_SCHEDULE_CONSTANT,
+  cosine = MXT_SCHEDULE_COSINE,
+  linear = MXT_SCHEDULE_LINEAR,
+  trapezoid = MXT_SCHEDULE_TRAPEZOID,
+};
+enum class RunEnd : std::int32_t {
+  finished = MXT_RUN_END_FINISHED,
+  callback = MXT_RUN_END_CALLBACK,
+  request = MXT_RUN_END_REQUEST,
+};
+// Linear layers of every block; several are joined by |.
+enum class LoraLayers : std::uint32_t {
+  attn_c_attn = MXT_LORA_LAYER_ATTN_C_ATTN,
+  attn_c_proj = MXT_LORA_LAYER_ATTN_C_PROJ,
+  mlp_c_fc = MXT_LORA_LAYER_MLP_C_FC,
+  mlp_c_proj = MXT_LORA_LAYER_MLP_C_PROJ,
+  all = attn_c_attn | attn_c_proj | mlp_c_fc | mlp_c_proj,
+};
+constexpr LoraLayers operator|(LoraLayers a, LoraLayers b) noexcept {
+  return static_cast<LoraLayers>(static_cast<std::uint32_t>(a) | static_cast<std::uint32_t>(b));
+}
 
 // What a callback may return.
 enum class Flow : std::int32_t { go_on = 0, stop = 1 };
 
-// Receives log lines, on whichever thread is inside a call; `level` is one of mxt_log_level.
-using LogFunction = std::function<void(std::int32_t level, std::string_view line)>;
+// Receives log lines, on whichever thread is inside a call.
+using LogFunction = std::function<void(LogLevel level, std::string_view line)>;
 
 // Elements that somebody else owns, like std::span: made from a vector, an array, a span, a pointer
 // with a count or, for const elements and the length of one call, a list in braces.
@@ -262,11 +323,6 @@ T sized() noexcept {
   return value;
 }
 
-// The same, and the number of the document that each input is of, which is 0 before.
-using PackedWindowFunction =
-    std::function<void(std::uint64_t number, view<std::uint32_t> tokens, view<float> weights,
-                       view<std::uint32_t> documents)>;
-
 #ifdef MXT_NO_EXCEPTIONS
 
 inline bool callback_threw() noexcept { return false; }
@@ -390,7 +446,7 @@ inline std::int32_t keep_token(void *user_data, std::uint32_t token) {
 
 inline void on_log(void *user_data, std::int32_t level, const char *line) {
   guarded([&]() -> Flow {
-    (*static_cast<LogFunction *>(user_data))(level, line);
+    (*static_cast<LogFunction *>(user_data))(static_cast<LogLevel>(level), line);
     return Flow::go_on;
   });
 }
@@ -551,9 +607,30 @@ struct defaults : C {
   defaults() noexcept : C{} { (void)init(this, sizeof(C)); }
 };
 
+// Texts of options: an empty one is NULL, which stands for the default or for none.
+inline const char *pointer(const std::string &text) noexcept {
+  return text.empty() ? nullptr : text.c_str();
+}
+inline std::string text(const char *pointer) { return pointer == nullptr ? "" : pointer; }
+
 }  // namespace detail
 
-struct EngineOptions : detail::defaults<mxt_engine_options, mxt_engine_options_init> {
+// Options are the structs of C with their defaults, but that texts are their own, numbers that
+// stand for something are of its enum, and flags are bool. What the fields mean is in the C header.
+// c() is the struct of C, whose texts live as long as the options and are unchanged.
+struct EngineOptions : private detail::defaults<mxt_engine_options, mxt_engine_options_init> {
+  using C = mxt_engine_options;
+  using C::allocate, C::allocator_user_data, C::allocator_user_data_free, C::cuda_stream,
+      C::deallocate, C::group, C::log, C::log_user_data, C::log_user_data_free, C::memory_limit,
+      C::seed, C::struct_size, C::threads;
+  std::string device = detail::text(C::device);
+
+  C c() const noexcept {
+    C c = *this;
+    c.device = detail::pointer(device);
+    return c;
+  }
+
   // Large memory of the host comes from `resource`, which must outlive the engine and all that is
   // made from it. Where it throws, the call that needed the memory fails with
   // MXT_ERROR_OUT_OF_MEMORY.
@@ -567,12 +644,129 @@ struct EngineOptions : detail::defaults<mxt_engine_options, mxt_engine_options_i
 using Group = detail::defaults<mxt_group, mxt_group_init>;
 // What a trainer learns from in one go, for pointers of C.
 using Batch = detail::defaults<mxt_batch, mxt_batch_init>;
-using ModelConfig = detail::defaults<mxt_model_config, mxt_model_config_init>;
-using TrainerOptions = detail::defaults<mxt_trainer_options, mxt_trainer_options_init>;
-using DatasetOptions = detail::defaults<mxt_dataset_options, mxt_dataset_options_init>;
-using DecoderOptions = detail::defaults<mxt_decoder_options, mxt_decoder_options_init>;
 
-struct GenerateOptions : detail::defaults<mxt_generate_options, mxt_generate_options_init> {
+struct ModelConfig : private detail::defaults<mxt_model_config, mxt_model_config_init> {
+  using C = mxt_model_config;
+  using C::channels, C::context_length, C::heads, C::layer_norm_epsilon, C::layers, C::lora_alpha,
+      C::lora_rank, C::mlp_channels, C::struct_size, C::vocab_size;
+  Architecture architecture;
+  Activation activation;
+  bool tied_head, scale_attention, scale_attention_by_layer;
+  // Those that have adapters where there is a lora_rank; without any, all.
+  LoraLayers lora_layers;
+
+  ModelConfig() noexcept { take(); }
+  explicit ModelConfig(const C &c) noexcept {
+    static_cast<C &>(*this) = c;
+    take();
+  }
+
+  C c() const noexcept {
+    C c = *this;
+    c.architecture = static_cast<std::int32_t>(architecture);
+    c.activation = static_cast<std::int32_t>(activation);
+    c.tied_head = tied_head;
+    c.scale_attention = scale_attention;
+    c.scale_attention_by_layer = scale_attention_by_layer;
+    c.lora_layers = static_cast<std::uint32_t>(lora_layers);
+    return c;
+  }
+
+ private:
+  void take() noexcept {
+    architecture = static_cast<Architecture>(C::architecture);
+    activation = static_cast<Activation>(C::activation);
+    tied_head = C::tied_head != 0;
+    scale_attention = C::scale_attention != 0;
+    scale_attention_by_layer = C::scale_attention_by_layer != 0;
+    lora_layers = static_cast<LoraLayers>(C::lora_layers);
+  }
+};
+
+struct TrainerOptions : private detail::defaults<mxt_trainer_options, mxt_trainer_options_init> {
+  using C = mxt_trainer_options;
+  using C::accumulation, C::batch_size, C::beta1, C::beta2, C::clip, C::decay_steps, C::epsilon,
+      C::lanes, C::lr, C::min_lr, C::sequence_length, C::struct_size, C::total_steps,
+      C::warmup_steps, C::weight_decay;
+  std::string recipe, recompute, optimizer, token_drop, frozen;
+  Schedule schedule;
+  // The token that ends a document, where documents that share a sequence are kept apart.
+  std::optional<std::uint32_t> document_end;
+
+  TrainerOptions() { take(); }
+  explicit TrainerOptions(const C &c) {
+    static_cast<C &>(*this) = c;
+    take();
+  }
+
+  C c() const noexcept {
+    C c = *this;
+    c.recipe = detail::pointer(recipe);
+    c.recompute = detail::pointer(recompute);
+    c.optimizer = detail::pointer(optimizer);
+    c.token_drop = detail::pointer(token_drop);
+    c.frozen = detail::pointer(frozen);
+    c.schedule = static_cast<std::int32_t>(schedule);
+    c.has_document_end = document_end.has_value();
+    c.document_end = document_end.value_or(0);
+    return c;
+  }
+
+ private:
+  void take() {
+    recipe = detail::text(C::recipe);
+    recompute = detail::text(C::recompute);
+    optimizer = detail::text(C::optimizer);
+    token_drop = detail::text(C::token_drop);
+    frozen = detail::text(C::frozen);
+    schedule = static_cast<Schedule>(C::schedule);
+    if (C::has_document_end != 0) document_end = C::document_end;
+  }
+};
+
+struct DatasetOptions : private detail::defaults<mxt_dataset_options, mxt_dataset_options_init> {
+  using C = mxt_dataset_options;
+  using C::struct_size;
+  TokenType token_type = static_cast<TokenType>(C::token_type);
+
+  C c() const noexcept {
+    C c = *this;
+    c.token_type = static_cast<std::int32_t>(token_type);
+    return c;
+  }
+};
+
+struct DecoderOptions : private detail::defaults<mxt_decoder_options, mxt_decoder_options_init> {
+  using C = mxt_decoder_options;
+  using C::room, C::sequences, C::struct_size;
+  DecoderWeights weights = static_cast<DecoderWeights>(C::weights);
+  bool drafts = C::drafts != 0;
+
+  C c() const noexcept {
+    C c = *this;
+    c.weights = static_cast<std::int32_t>(weights);
+    c.drafts = drafts;
+    return c;
+  }
+};
+
+struct GenerateOptions : private detail::defaults<mxt_generate_options, mxt_generate_options_init> {
+  using C = mxt_generate_options;
+  using C::accepted, C::draft_tokens, C::drafted, C::max_tokens, C::min_p, C::on_token,
+      C::repetition_penalty, C::seed, C::stop_token_count, C::stop_tokens, C::struct_size,
+      C::temperature, C::top_k, C::top_p, C::user_data;
+  DecoderWeights weights = static_cast<DecoderWeights>(C::weights);
+  bool slide = C::slide != 0;
+  Draft draft = static_cast<Draft>(C::draft);
+
+  C c() const noexcept {
+    C c = *this;
+    c.weights = static_cast<std::int32_t>(weights);
+    c.slide = slide;
+    c.draft = static_cast<std::int32_t>(draft);
+    return c;
+  }
+
   // The tokens that end a text. They are not copied: they must live until the text is made.
   void stop_at(view<const std::uint32_t> tokens) noexcept {
     stop_tokens = tokens.data();
@@ -581,9 +775,32 @@ struct GenerateOptions : detail::defaults<mxt_generate_options, mxt_generate_opt
   void stop_at(std::initializer_list<std::uint32_t> tokens) = delete;  // It would not live.
 };
 
-struct RunOptions : detail::defaults<mxt_run_options, mxt_run_options_init> {
+struct RunOptions : private detail::defaults<mxt_run_options, mxt_run_options_init> {
+  using C = mxt_run_options;
+  using C::eval_batches, C::eval_dataset, C::eval_every, C::on_step, C::save_every, C::save_files,
+      C::steps, C::struct_size, C::user_data;
+  std::string save_dir = detail::text(C::save_dir);
+
   // So that a number of steps can be given where no more is wanted.
-  RunOptions(std::uint64_t step_count = 0) noexcept { steps = step_count; }
+  RunOptions(std::uint64_t step_count = 0) { steps = step_count; }
+
+  C c() const noexcept {
+    C c = *this;
+    c.save_dir = detail::pointer(save_dir);
+    return c;
+  }
+};
+
+// How a run went.
+struct RunResult : private mxt_run_result {
+  using C = mxt_run_result;
+  using C::eval_errors, C::last_eval_loss, C::last_loss, C::save_errors, C::seconds, C::steps,
+      C::tokens;
+  RunEnd end;
+  bool saved;
+
+  explicit RunResult(const C &c) noexcept
+      : C(c), end(static_cast<RunEnd>(C::end)), saved(C::saved != 0) {}
 };
 
 // Name and shape of a tensor. Linear weights are (in, out).
@@ -597,6 +814,7 @@ struct TensorInfo {
 // A device with its worker threads.
 class Engine {
  public:
+  Engine(std::nullptr_t) noexcept {}  // Empty, until one is moved in.
 #ifndef MXT_NO_EXCEPTIONS
   explicit Engine(const EngineOptions &options = {}, LogFunction log = {})
       : Engine(create(options, std::move(log))) {}
@@ -613,7 +831,8 @@ class Engine {
       options.log_user_data_free = detail::on_log_free;
     }
     mxt_engine *engine = nullptr;
-    const mxt_status status = mxt_engine_new(&options, &engine);
+    const mxt_engine_options c = options.c();
+    const mxt_status status = mxt_engine_new(&c, &engine);
     if (status == MXT_OK) (void)owned.release();
     return detail::finish(status, Engine(engine));
   }
@@ -635,6 +854,9 @@ class Engine {
     return detail::finish(status, use);
   }
 
+  // Whether it is not empty: what was moved from is.
+  explicit operator bool() const noexcept { return handle_ != nullptr; }
+
   // The C handle, which stays this object's.
   mxt_engine *get() const noexcept { return handle_.get(); }
 
@@ -647,6 +869,7 @@ class Engine {
 // The files of a checkpoint without a folder: in memory, or in a store of the program's.
 class Files {
  public:
+  Files(std::nullptr_t) noexcept {}  // Empty, until one is moved in.
 #ifndef MXT_NO_EXCEPTIONS
   // In memory, without any yet.
   Files() : Files(create()) {}
@@ -721,6 +944,9 @@ class Files {
     return detail::finish(mxt_files_remove(get(), name.c_str()));
   }
 
+  // Whether it is not empty: what was moved from is.
+  explicit operator bool() const noexcept { return handle_ != nullptr; }
+
   // The C handle, which stays this object's.
   mxt_files *get() const noexcept { return handle_.get(); }
 
@@ -733,6 +959,7 @@ class Files {
 // A model: its shape and its weights.
 class Model {
  public:
+  Model(std::nullptr_t) noexcept {}  // Empty, until one is moved in.
 #ifndef MXT_NO_EXCEPTIONS
   Model(const Engine &engine, const ModelConfig &config) : Model(create(engine, config)) {}
 #endif
@@ -740,7 +967,8 @@ class Model {
   // A model with random initial weights.
   static outcome<Model> create(const Engine &engine, const ModelConfig &config) {
     mxt_model *model = nullptr;
-    const mxt_status status = mxt_model_new(engine.get(), &config, &model);
+    const mxt_model_config c = config.c();
+    const mxt_status status = mxt_model_new(engine.get(), &c, &model);
     return detail::finish(status, Model(model));
   }
 
@@ -760,20 +988,24 @@ class Model {
   outcome<void> save(const std::string &dir) const {
     return detail::finish(mxt_model_save(get(), dir.c_str()));
   }
-  outcome<void> save(Files &files, std::int32_t weights = MXT_STORED_WEIGHTS_F32) const {
-    return detail::finish(mxt_model_save_to(get(), files.get(), weights));
+  outcome<void> save(Files &files, StoredWeights weights = StoredWeights::f32) const {
+    const auto number = static_cast<std::int32_t>(weights);
+    return detail::finish(mxt_model_save_to(get(), files.get(), number));
   }
 
-  // The same as other numbers, one of mxt_stored_weights.
-  outcome<void> save_as(const std::string &dir, std::int32_t weights) const {
-    return detail::finish(mxt_model_save_as(get(), dir.c_str(), weights));
+  // The same as other numbers.
+  outcome<void> save_as(const std::string &dir, StoredWeights weights) const {
+    const auto number = static_cast<std::int32_t>(weights);
+    return detail::finish(mxt_model_save_as(get(), dir.c_str(), number));
   }
 
   // A model of these weights with adapters, which a trainer of it trains alone. `alpha` is 0 for
-  // twice the rank, `layers` are some of mxt_lora_layer, 0 for all.
-  outcome<Model> with_lora(std::size_t rank, float alpha = 0, std::uint32_t layers = 0) const {
+  // twice the rank.
+  outcome<Model> with_lora(std::size_t rank, float alpha = 0,
+                           LoraLayers layers = LoraLayers::all) const {
     mxt_model *adapted = nullptr;
-    const mxt_status status = mxt_model_with_lora(get(), rank, alpha, layers, &adapted);
+    const auto bits = static_cast<std::uint32_t>(layers);
+    const mxt_status status = mxt_model_with_lora(get(), rank, alpha, bits, &adapted);
     return detail::finish(status, Model(adapted));
   }
 
@@ -806,9 +1038,9 @@ class Model {
   }
 
   outcome<ModelConfig> config() const {
-    ModelConfig config;
+    auto config = detail::sized<mxt_model_config>();
     const mxt_status status = mxt_model_get_config(get(), &config);
-    return detail::finish(status, config);
+    return detail::finish(status, ModelConfig(config));
   }
 
   std::uint64_t parameter_count() const noexcept { return mxt_model_parameter_count(get()); }
@@ -818,13 +1050,20 @@ class Model {
   outcome<TensorInfo> tensor(std::size_t index) const {
     auto raw = detail::sized<mxt_tensor_info>();
     const mxt_status status = mxt_model_tensor_info(get(), index, &raw);
-    TensorInfo info;
-    if (status == MXT_OK) {
-      info.name = raw.name;
-      info.shape.assign(raw.shape, raw.shape + raw.rank);
-      info.element_count = static_cast<std::size_t>(raw.element_count);
+    return detail::finish(status, status == MXT_OK ? info_of(raw) : TensorInfo());
+  }
+
+  // All tensors, in their order.
+  outcome<std::vector<TensorInfo>> tensors() const {
+    std::vector<TensorInfo> tensors(tensor_count());
+    // Of a model that is none it is for the C function to complain.
+    mxt_status status = MXT_OK;
+    for (std::size_t i = 0; status == MXT_OK && (i < tensors.size() || get() == nullptr); i++) {
+      auto raw = detail::sized<mxt_tensor_info>();
+      status = mxt_model_tensor_info(get(), i, &raw);
+      if (status == MXT_OK) tensors[i] = info_of(raw);
     }
-    return detail::finish(status, std::move(info));
+    return detail::finish(status, std::move(tensors));
   }
 
   // Copies a tensor into `values`, row-major, which must have room for exactly its elements.
@@ -871,13 +1110,14 @@ class Model {
   outcome<std::vector<float>> score(view<const std::uint32_t> tokens,
                                     view<const std::size_t> lengths,
                                     std::vector<float> *hidden = nullptr,
-                                    std::int32_t weights = MXT_DECODER_WEIGHTS_F32) const {
+                                    DecoderWeights weights = DecoderWeights::f32) const {
     auto config = detail::sized<mxt_model_config>();
     mxt_status status = mxt_model_get_config(get(), &config);
     std::vector<float> found(tokens.size());
     if (status == MXT_OK) {
       if (hidden) hidden->assign(tokens.size() * config.channels, 0.0f);
-      status = mxt_model_score(get(), weights, tokens.data(), tokens.size(), lengths.data(),
+      const auto form = static_cast<std::int32_t>(weights);
+      status = mxt_model_score(get(), form, tokens.data(), tokens.size(), lengths.data(),
                                lengths.size(), found.data(), hidden ? hidden->data() : nullptr);
     }
     return detail::finish(status, std::move(found));
@@ -887,7 +1127,7 @@ class Model {
   outcome<std::vector<std::uint32_t>> generate(view<const std::uint32_t> prompt,
                                                const GenerateOptions &options = {}) {
     detail::Text text{{}, options.on_token, options.user_data};
-    GenerateOptions keeping = options;
+    mxt_generate_options keeping = options.c();
     keeping.on_token = detail::keep_token;
     keeping.user_data = &text;
     std::size_t written = 0;
@@ -905,12 +1145,23 @@ class Model {
     return generate(prompt, options);
   }
 
+  // Whether it is not empty: what was moved from is.
+  explicit operator bool() const noexcept { return handle_ != nullptr; }
+
   // The C handle, which stays this object's.
   mxt_model *get() const noexcept { return handle_.get(); }
 
  private:
   friend class Trainer;
-  explicit Model(mxt_model *model) : handle_(model) {}
+  explicit Model(mxt_model *model) noexcept : handle_(model) {}
+
+  static TensorInfo info_of(const mxt_tensor_info &raw) {
+    TensorInfo info;
+    info.name = raw.name;
+    info.shape.assign(raw.shape, raw.shape + raw.rank);
+    info.element_count = static_cast<std::size_t>(raw.element_count);
+    return info;
+  }
 
   detail::handle<mxt_model> handle_;
 };
@@ -918,6 +1169,7 @@ class Model {
 // Texts of a model that grow, numbered from 0: tokens in, the logits of what comes next out.
 class Decoder {
  public:
+  Decoder(std::nullptr_t) noexcept {}  // Empty, until one is moved in.
 #ifndef MXT_NO_EXCEPTIONS
   explicit Decoder(const Model &model, const DecoderOptions &options = {})
       : Decoder(create(model, options)) {}
@@ -928,7 +1180,8 @@ class Decoder {
     mxt_decoder *decoder = nullptr;
     auto config = detail::sized<mxt_model_config>();
     mxt_status status = mxt_model_get_config(model.get(), &config);
-    if (status == MXT_OK) status = mxt_decoder_new(model.get(), &options, &decoder);
+    const mxt_decoder_options c = options.c();
+    if (status == MXT_OK) status = mxt_decoder_new(model.get(), &c, &decoder);
     return detail::finish(status, Decoder(decoder, config.vocab_size));
   }
 
@@ -971,7 +1224,8 @@ class Decoder {
     const std::size_t count = sequences.size(), most = options.max_tokens;
     std::vector<std::uint32_t> tokens(count * most);
     std::vector<std::size_t> written(count);
-    const mxt_status status = mxt_decoder_generate_each(get(), sequences.data(), count, &options,
+    const mxt_generate_options c = options.c();
+    const mxt_status status = mxt_decoder_generate_each(get(), sequences.data(), count, &c,
                                                         tokens.data(), most, written.data());
     std::vector<std::vector<std::uint32_t>> texts(count);
     for (std::size_t i = 0; i < count && status == MXT_OK; i++) {
@@ -985,7 +1239,7 @@ class Decoder {
   outcome<std::vector<std::uint32_t>> generate(const GenerateOptions &options = {},
                                                std::size_t sequence = 0) {
     detail::Text text{{}, options.on_token, options.user_data};
-    GenerateOptions keeping = options;
+    mxt_generate_options keeping = options.c();
     keeping.on_token = detail::keep_token;
     keeping.user_data = &text;
     std::size_t written = 0;
@@ -1023,6 +1277,9 @@ class Decoder {
     return detail::finish(status, std::move(tokens));
   }
 
+  // Whether it is not empty: what was moved from is.
+  explicit operator bool() const noexcept { return handle_ != nullptr; }
+
   // The C handle, which stays this object's.
   mxt_decoder *get() const noexcept { return handle_.get(); }
 
@@ -1031,16 +1288,18 @@ class Decoder {
       : handle_(decoder), vocab_size_(vocab_size) {}
 
   detail::handle<mxt_decoder> handle_;
-  std::size_t vocab_size_;
+  std::size_t vocab_size_ = 0;
 };
 
 // Tokens to train on.
 class Dataset {
  public:
+  Dataset(std::nullptr_t) noexcept {}  // Empty, until one is moved in.
   // A token file, or all files that a pattern such as "data/train_*.bin" matches.
   static outcome<Dataset> open(const std::string &pattern, const DatasetOptions &options = {}) {
     mxt_dataset *dataset = nullptr;
-    const mxt_status status = mxt_dataset_open_with(pattern.c_str(), &options, &dataset);
+    const mxt_dataset_options c = options.c();
+    const mxt_status status = mxt_dataset_open_with(pattern.c_str(), &c, &dataset);
     return detail::finish(status, Dataset(dataset));
   }
 
@@ -1051,8 +1310,9 @@ class Dataset {
     pointers.reserve(paths.size());
     for (const std::string &path : paths) pointers.push_back(path.c_str());
     mxt_dataset *dataset = nullptr;
+    const mxt_dataset_options c = options.c();
     const mxt_status status =
-        mxt_dataset_open_files_with(pointers.data(), pointers.size(), &options, &dataset);
+        mxt_dataset_open_files_with(pointers.data(), pointers.size(), &c, &dataset);
     return detail::finish(status, Dataset(dataset));
   }
 
@@ -1067,11 +1327,11 @@ class Dataset {
   // kept until then.
   static outcome<Dataset> from_memory(view<const std::uint32_t> tokens,
                                       std::shared_ptr<const void> owner = {}) {
-    return from_memory(tokens.data(), tokens.size(), MXT_TOKEN_TYPE_U32, std::move(owner));
+    return from_memory(tokens.data(), tokens.size(), TokenType::u32, std::move(owner));
   }
   static outcome<Dataset> from_memory(view<const std::uint16_t> tokens,
                                       std::shared_ptr<const void> owner = {}) {
-    return from_memory(tokens.data(), tokens.size(), MXT_TOKEN_TYPE_U16, std::move(owner));
+    return from_memory(tokens.data(), tokens.size(), TokenType::u16, std::move(owner));
   }
 
   // `count` windows that `fill` writes when they are wanted, with a weight for each target. What it
@@ -1117,16 +1377,20 @@ class Dataset {
     return detail::finish(mxt_dataset_read(get(), first, tokens.size(), tokens.data()));
   }
 
+  // Whether it is not empty: what was moved from is.
+  explicit operator bool() const noexcept { return handle_ != nullptr; }
+
   // The C handle, which stays this object's.
   mxt_dataset *get() const noexcept { return handle_.get(); }
 
  private:
-  static outcome<Dataset> from_memory(const void *tokens, std::size_t count, std::int32_t type,
+  static outcome<Dataset> from_memory(const void *tokens, std::size_t count, TokenType type,
                                       std::shared_ptr<const void> owner) {
+    const auto number = static_cast<std::int32_t>(type);
     auto owned = std::make_unique<std::shared_ptr<const void>>(std::move(owner));
     mxt_dataset *dataset = nullptr;
-    const mxt_status status =
-        mxt_dataset_from_memory(tokens, count, type, owned.get(), detail::on_owner_free, &dataset);
+    const mxt_status status = mxt_dataset_from_memory(tokens, count, number, owned.get(),
+                                                      detail::on_owner_free, &dataset);
     if (status == MXT_OK) (void)owned.release();  // the library's now
     return detail::finish(status, Dataset(dataset));
   }
@@ -1140,6 +1404,7 @@ class Dataset {
 // the trainer goes on.
 class Snapshot {
  public:
+  Snapshot(std::nullptr_t) noexcept {}  // Empty, until one is moved in.
   // As Trainer::save would have saved it.
   outcome<void> save(const std::string &dir) {
     return detail::finish(mxt_snapshot_save(get(), dir.c_str()));
@@ -1147,6 +1412,9 @@ class Snapshot {
   outcome<void> save(Files &files) {
     return detail::finish(mxt_snapshot_save_to(get(), files.get()));
   }
+
+  // Whether it is not empty: what was moved from is.
+  explicit operator bool() const noexcept { return handle_ != nullptr; }
 
   // The C handle, which stays this object's.
   mxt_snapshot *get() const noexcept { return handle_.get(); }
@@ -1161,6 +1429,7 @@ class Snapshot {
 // A model in training.
 class Trainer {
  public:
+  Trainer(std::nullptr_t) noexcept {}  // Empty, until one is moved in.
 #ifndef MXT_NO_EXCEPTIONS
   explicit Trainer(Model &model, const TrainerOptions &options = {})
       : Trainer(create(model, options)) {}
@@ -1169,7 +1438,8 @@ class Trainer {
   // A trainer at step 0 that changes the weights of `model`.
   static outcome<Trainer> create(Model &model, const TrainerOptions &options = {}) {
     mxt_trainer *trainer = nullptr;
-    const mxt_status status = mxt_trainer_new(model.get(), &options, &trainer);
+    const mxt_trainer_options c = options.c();
+    const mxt_status status = mxt_trainer_new(model.get(), &c, &trainer);
     return detail::finish(status, Trainer(trainer));
   }
 
@@ -1364,9 +1634,10 @@ class Trainer {
 
   // Many steps with evaluations and checkpoints.
   outcome<RunResult> run(const Dataset &dataset, const RunOptions &options) {
-    auto result = detail::sized<RunResult>();
-    const mxt_status status = mxt_trainer_run(get(), dataset.get(), &options, &result);
-    return detail::finish(status, result);
+    auto result = detail::sized<mxt_run_result>();
+    const mxt_run_options c = options.c();
+    const mxt_status status = mxt_trainer_run(get(), dataset.get(), &c, &result);
+    return detail::finish(status, RunResult(result));
   }
 
   // The same, with `on_step(const StepStats &)` or `on_step(const StepStats &, const EvalStats *)`
@@ -1387,7 +1658,8 @@ class Trainer {
   // Takes the schedule of `options` (kind, rates, warmup_steps, total_steps, decay_steps) from the
   // next step on, its steps counted from here.
   outcome<void> set_schedule(const TrainerOptions &options) {
-    return detail::finish(mxt_trainer_set_schedule(get(), &options));
+    const mxt_trainer_options c = options.c();
+    return detail::finish(mxt_trainer_set_schedule(get(), &c));
   }
   // The step that the schedule counts from.
   std::uint64_t schedule_start() const noexcept { return mxt_trainer_schedule_start(get()); }
@@ -1401,12 +1673,15 @@ class Trainer {
     return detail::finish(status, Model(model));
   }
 
-  // What the trainer was made from. The text of `recipe` lives as long as the trainer.
+  // What the trainer was made from.
   outcome<TrainerOptions> options() const {
-    TrainerOptions options;
+    auto options = detail::sized<mxt_trainer_options>();
     const mxt_status status = mxt_trainer_get_options(get(), &options);
-    return detail::finish(status, options);
+    return detail::finish(status, TrainerOptions(options));
   }
+
+  // Whether it is not empty: what was moved from is.
+  explicit operator bool() const noexcept { return handle_ != nullptr; }
 
   // The C handle, which stays this object's.
   mxt_trainer *get() const noexcept { return handle_.get(); }
@@ -1421,7 +1696,9 @@ class Trainer {
 inline outcome<MemoryPlan> plan(const Engine &engine, const ModelConfig &config,
                                 const TrainerOptions &options = {}) {
   auto result = detail::sized<MemoryPlan>();
-  const mxt_status status = mxt_plan(engine.get(), &config, &options, &result);
+  const mxt_model_config of_model = config.c();
+  const mxt_trainer_options of_trainer = options.c();
+  const mxt_status status = mxt_plan(engine.get(), &of_model, &of_trainer, &result);
   return detail::finish(status, result);
 }
 

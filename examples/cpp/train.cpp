@@ -62,7 +62,7 @@ mxt::Trainer new_trainer(const mxt::Engine &engine, const mxt::Dataset &dataset)
 
   mxt::TrainerOptions options;
   options.recipe = "mxfp4-rht-sr";  // forward in bf16, backward in MXFP4
-  options.schedule = MXT_SCHEDULE_COSINE;
+  options.schedule = mxt::Schedule::cosine;
   options.lr = 3e-3f;
   options.warmup_steps = 10;
   options.total_steps = total_steps;
@@ -101,7 +101,8 @@ int run(const char *path) {
   {
     mxt::Trainer trainer = new_trainer(engine, dataset);
     const mxt::RunResult result = train(trainer, dataset, total_steps / 4);
-    std::printf("%s after %llu steps\n", result.end == MXT_RUN_END_REQUEST ? "stopped" : "finished",
+    std::printf("%s after %llu steps\n",
+                result.end == mxt::RunEnd::request ? "stopped" : "finished",
                 static_cast<unsigned long long>(result.steps));
   }
   // As another process would: everything comes back from the checkpoint.

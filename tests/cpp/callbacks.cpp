@@ -46,13 +46,13 @@ void what_a_callback_may_be(Fixture &it) {
   options.eval_every = 1;
   options.eval_batches = 1;
   const mxt::RunResult result = it.trainer.run(it.dataset, options, std::ref(counter));
-  CHECK(result.steps == 4 && result.end == MXT_RUN_END_CALLBACK);
+  CHECK(result.steps == 4 && result.end == mxt::RunEnd::callback);
   CHECK(counter.steps == 4 && counter.evaluations == 4 && result.last_eval_loss > 0);
 }
 
 void exceptions_of_a_run(Fixture &it, const std::string &folder) {
   mxt::RunOptions options = 10;
-  options.save_dir = folder.c_str();
+  options.save_dir = folder;
   const std::uint64_t before = it.trainer.steps_done();
   int caught = 0;
   try {
@@ -69,7 +69,7 @@ void exceptions_of_a_run(Fixture &it, const std::string &folder) {
   CHECK(resumed.step(it.dataset).loss == it.trainer.step(it.dataset).loss);
   // Nothing of it is left behind.
   CHECK(it.trainer.run(it.dataset, 2, [](const mxt::StepStats &) {}).steps == 2);
-  CHECK(it.trainer.run(it.dataset, 2).end == MXT_RUN_END_FINISHED);
+  CHECK(it.trainer.run(it.dataset, 2).end == mxt::RunEnd::finished);
 }
 
 // An error of the library inside a callback is an exception like any other, and so is one of a run
@@ -158,8 +158,8 @@ void tokens(Fixture &it) {
 void log_lines() {
   int lines = 0;
   bool armed = false;
-  auto log = [&](std::int32_t level, std::string_view line) {
-    CHECK(level >= MXT_LOG_LEVEL_WARNING && level <= MXT_LOG_LEVEL_DEBUG && !line.empty());
+  auto log = [&](mxt::LogLevel level, std::string_view line) {
+    CHECK(level >= mxt::LogLevel::warning && level <= mxt::LogLevel::debug && !line.empty());
     lines++;
     if (armed) throw Enough{9};
   };
@@ -190,7 +190,7 @@ void log_lines() {
 
 void log_is_destroyed_once() {
   const auto owned = std::make_shared<int>(0);
-  const auto log = [owned](std::int32_t, std::string_view) {};
+  const auto log = [owned](mxt::LogLevel, std::string_view) {};
   CHECK(owned.use_count() == 2);
   {
     auto trainer = [&] {
@@ -233,7 +233,7 @@ void freed_and_stopped_from_elsewhere() {
     if (!stopper.joinable()) stopper = std::thread([&] { it.trainer.request_stop(); });
   });
   stopper.join();
-  CHECK(stopped.end == MXT_RUN_END_REQUEST && stopped.steps > 0);
+  CHECK(stopped.end == mxt::RunEnd::request && stopped.steps > 0);
 }
 
 }  // namespace

@@ -154,7 +154,7 @@ void in_memory(Fixture &it) {
     const auto a = files.bytes(name), b = copy.bytes(name);
     CHECK(a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size()) == 0);
   }
-  it.model.save(files, MXT_STORED_WEIGHTS_BF16);
+  it.model.save(files, mxt::StoredWeights::bf16);
   CHECK(files.names().size() == 2);
   CHECK(mxt::Model::load(it.engine, files).parameter_count() == it.model.parameter_count());
   const Bytes some(3);

@@ -54,7 +54,7 @@ static void errors() {
   const std::vector<std::string> files = {"/nowhere/a.bin", "/nowhere/b.bin"};
   fails(MXT_ERROR_IO, "/nowhere/a.bin", [&] { mxt::Dataset::open_files(files); });
   mxt::DatasetOptions data_options;
-  data_options.token_type = 9;
+  data_options.token_type = static_cast<mxt::TokenType>(9);
   fails(MXT_ERROR_INVALID_ARGUMENT, "token_type", [&] { mxt::Dataset::open("x", data_options); });
 
   mxt::Model model(engine, small_config());
@@ -139,9 +139,9 @@ static void tensors() {
   CHECK(alone.rank() == 0 && alone.ranks() == 1);
   CHECK(model.config().channels == 16 && model.config().layer_norm_epsilon > 0);
   mxt::ModelConfig other = small_config();
-  other.mlp_channels = 37, other.activation = MXT_ACTIVATION_GELU, other.tied_head = 0;
+  other.mlp_channels = 37, other.activation = mxt::Activation::gelu, other.tied_head = false;
   mxt::Model unlike(engine, other);
-  CHECK(unlike.config().mlp_channels == 37 && unlike.config().activation == MXT_ACTIVATION_GELU);
+  CHECK(unlike.config().mlp_channels == 37 && unlike.config().activation == mxt::Activation::gelu);
   CHECK(unlike.read("lm_head.weight").size() == unlike.read("transformer.wte.weight").size());
   std::uint64_t sum = 0;
   for (std::size_t i = 0; i < model.tensor_count(); i++) {
@@ -183,7 +183,7 @@ static void tensors() {
   CHECK(decoder.logits_from(1).size() == 32 && decoder.logits_from(0) == all);
   fails(MXT_ERROR_INVALID_ARGUMENT, "from", [&] { decoder.logits_from(2); });
   greedy.max_tokens = 5;
-  greedy.draft = MXT_DRAFT_NGRAM;
+  greedy.draft = mxt::Draft::ngram;
   std::size_t seen = 0;
   const auto written = decoder.generate(
       greedy, 0, [&](std::uint32_t) { return ++seen == 3 ? mxt::Flow::stop : mxt::Flow::go_on; });
@@ -192,7 +192,7 @@ static void tensors() {
   decoder.rewind(2);
   CHECK(decoder.generate(greedy) == model.generate({1, 2}, greedy));
   decoder.rewind(2), decoder.rewind(1, 1);
-  greedy.draft = MXT_DRAFT_NONE;
+  greedy.draft = mxt::Draft::none;
   const std::vector<std::size_t> both = {1, 0};
   std::vector<float> of_both = model.next_logits({1});
   of_both.insert(of_both.end(), second.begin(), second.end());
@@ -203,12 +203,13 @@ static void tensors() {
   CHECK(decoder.generate_each(std::vector<std::size_t>()).empty());
   const std::vector<std::size_t> twice = {0, 0};
   fails(MXT_ERROR_INVALID_ARGUMENT, "twice", [&] { decoder.generate_each(twice); });
-  greedy.draft = MXT_DRAFT_MXFP4;
+  greedy.draft = mxt::Draft::mxfp4;
   fails(MXT_ERROR_INVALID_ARGUMENT, "with drafts", [&] { decoder.generate(greedy); });
   fails(MXT_ERROR_INVALID_ARGUMENT, "sequence", [&] { decoder.logits(2); });
   fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { decoder.push({32}); });
 
-  fails(MXT_ERROR_INVALID_ARGUMENT, "weights", [&] { model.save_as("no-folder", 9); });
+  fails(MXT_ERROR_INVALID_ARGUMENT, "weights",
+        [&] { model.save_as("no-folder", static_cast<mxt::StoredWeights>(9)); });
 
   std::vector<float> values = model.read("transformer.ln_f.weight");
   CHECK(values.size() == 16 && values[3] == 1.0f);
@@ -271,10 +272,59 @@ static void watches() {
         [&] { rounding.weight_metrics("transformer.wte.weight"); });
 }
 
+// Options are their own: what they were made from may go.
+static void options_own_their_texts() {
+  mxt::Engine engine(one_thread());
+  mxt::Model model(engine, small_config());
+  mxt::TrainerOptions options = small_options();
+  {
+    const std::string recipe = "mxfp4-rht-sr,g=128", frozen = "transformer.wpe.weight";
+    options.recipe = recipe, options.frozen = frozen;
+  }
+  options.schedule = mxt::Schedule::trapezoid;
+  options.total_steps = 9;
+  options.document_end = 7;
+  std::optional<mxt::Trainer> trainer(std::in_place, model, options);
+  const mxt::TrainerOptions found = trainer->options();
+  trainer.reset();
+  const mxt::TrainerOptions copy = found;
+  CHECK(copy.recipe == "mxfp4-rht-sr,g=128" && copy.frozen == "transformer.wpe.weight");
+  CHECK(copy.schedule == mxt::Schedule::trapezoid && copy.document_end == 7u);
+  CHECK(copy.c().recipe != found.c().recipe && copy.c().has_document_end == 1);
+  CHECK(mxt::TrainerOptions().c().frozen == nullptr && !mxt::TrainerOptions().document_end);
+  CHECK(small_config().activation == mxt::Activation::gelu_tanh && small_config().tied_head);
+  const auto layers = mxt::LoraLayers::attn_c_attn | mxt::LoraLayers::mlp_c_proj;
+  CHECK(model.with_lora(2, 0, layers).config().lora_layers == layers);
+
+  std::vector<mxt::TensorInfo> tensors = model.tensors();
+  CHECK(tensors.size() == model.tensor_count() && tensors[0].name == "transformer.wte.weight");
+  CHECK(tensors[0].shape == (std::vector<std::size_t>{32, 16}));
+}
+
+static void empty_handles() {
+  mxt::Engine engine = nullptr;
+  mxt::Model model = nullptr;
+  mxt::Dataset dataset = nullptr;
+  mxt::Decoder decoder = nullptr;
+  mxt::Trainer trainer = nullptr;
+  mxt::Snapshot snapshot = nullptr;
+  mxt::Files files = nullptr;
+  CHECK(!engine && !model && !dataset && !decoder && !trainer && !snapshot && !files);
+  fails(MXT_ERROR_NULL, "model", [&] { model.tensors(); });
+  fails(MXT_ERROR_NULL, "trainer", [&] { trainer.update(); });
+  engine = mxt::Engine(one_thread());
+  model = mxt::Model(engine, small_config());
+  trainer = mxt::Trainer(model, small_options());
+  dataset = mxt::Dataset::from_tokens(some_tokens());
+  CHECK(engine && model && dataset && trainer && trainer.step(dataset).step == 1);
+  const mxt::Trainer other = std::move(trainer);
+  CHECK(!trainer && other);
+}
+
 static void adapters() {
   mxt::Engine engine(one_thread());
   mxt::Model base(engine, small_config());
-  mxt::Model adapted = base.with_lora(2, 0, MXT_LORA_LAYER_MLP_C_FC);
+  mxt::Model adapted = base.with_lora(2, 0, mxt::LoraLayers::mlp_c_fc);
   CHECK(adapted.config().lora_rank == 2 && adapted.config().lora_alpha == 4);
   mxt::Trainer trainer(adapted, small_options());
   const auto dataset = mxt::Dataset::from_tokens(some_tokens());
@@ -310,5 +360,7 @@ int main() {
   tensors();
   watches();
   adapters();
+  options_own_their_texts();
+  empty_handles();
   return 0;
 }

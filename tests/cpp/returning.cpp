@@ -13,7 +13,7 @@ namespace {
 std::string first_line;
 
 mxt::result<float> train(const std::string &folder) {
-  auto engine = mxt::Engine::create(one_thread(), [](std::int32_t, std::string_view line) {
+  auto engine = mxt::Engine::create(one_thread(), [](mxt::LogLevel, std::string_view line) {
     if (first_line.empty()) first_line = line;
   });
   if (!engine) return engine.error();
@@ -28,7 +28,7 @@ mxt::result<float> train(const std::string &folder) {
   auto run = trainer->run(*dataset, 10, [&](const mxt::StepStats &) {
     return ++steps == 4 ? mxt::Flow::stop : mxt::Flow::go_on;
   });
-  CHECK(run && run->steps == 4 && run->end == MXT_RUN_END_CALLBACK);
+  CHECK(run && run->steps == 4 && run->end == mxt::RunEnd::callback);
   auto snapshot = trainer->snapshot();
   if (!snapshot) return snapshot.error();
   if (auto renewed = trainer->renew(*snapshot); !renewed) return renewed.error();
