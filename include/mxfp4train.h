@@ -877,7 +877,7 @@ typedef struct mxt_trainer_options {
   // more copies of the gradients.
   size_t lanes;
   // The tensors that training leaves as they are, by patterns of their names with commas between
-  // them: "transformer.wte.*,*.ln_*". '*' stands for any text, '?' for one character, "[ab]" for
+  // them: "transformer.wte.*,*.ln_*". '*' stands for any text, '?' for one character, `[ab]` for
   // one of some. They have no gradient and no state of the optimizer; a frozen matrix spares a
   // third of its products. A pattern that fits no name is an error. NULL (default) freezes
   // nothing. Borrowed for the call.
