@@ -416,7 +416,8 @@ impl<'a> Checkpoint<'a> {
         for (number, Kept { state, tensors }) in kept.iter().enumerate() {
             let is_of =
                 |name: &String| name.split_once('.').is_some_and(|(of, _)| of == state.name);
-            if !names.iter().any(is_of) {
+            // Of a state that no tensor has which is trained, there is nothing.
+            if !tensors.is_empty() && !names.iter().any(is_of) {
                 let State { name, what, .. } = state;
                 let message = format!(
                     "holds no {what} of any weight, {name}.NAME, which the recipe and the optimizer \
