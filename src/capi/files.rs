@@ -453,8 +453,8 @@ pub unsafe extern "C" fn mxt_model_load_lora_from(
     }
 }
 
-/// mxt_model_save_lora to files that lie elsewhere than in a folder. They take the place of a
-/// checkpoint there: give adapters a set of files of their own.
+/// mxt_model_save_lora to files that lie elsewhere than in a folder. In memory a checkpoint beside them
+/// stays; give adapters a set of files of their own where `commit` of the host replaces all.
 ///
 /// Errors: those of mxt_model_save_to, and MXT_ERROR_INVALID_ARGUMENT also for a model without
 /// adapters.
@@ -554,10 +554,28 @@ pub unsafe extern "C" fn mxt_files_last_error(files: *const mxt_files) -> *const
     unsafe { guard::last_error("mxt_files_last_error", files) }
 }
 
+/// Drops what the files hold while they are still there, and busy: what gives lent bytes or user data
+/// back may call functions on them.
+struct Emptied(Arc<mxt_files>);
+
+impl Drop for Emptied {
+    fn drop(&mut self) {
+        if let Ok(mut set) = self.0.exclusive() {
+            let nothing = Set::Memory(Memory::default());
+            drop(std::mem::replace(&mut *set, nothing));
+        }
+    }
+}
+
 /// Gives the files up, and those in memory with them; NULL does nothing. What was loaded from them
 /// stays usable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_files_free(files: *mut mxt_files) {
     // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { guard::free("mxt_files_free", files) }
+    unsafe {
+        if let Some(files) = keep(files.cast_const()) {
+            guard::release("mxt_files_free", Emptied(files));
+        }
+        guard::free("mxt_files_free", files);
+    }
 }

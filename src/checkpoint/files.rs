@@ -85,8 +85,9 @@ pub trait FileSave {
     /// Whatever shows only now.
     fn close(&mut self) -> io::Result<()>;
 
-    /// Puts the files of this save in the place of those of the one before, all at once: those of a
-    /// checkpoint ([`MemoryFiles::CHECKPOINT`]) that were not written are removed.
+    /// Puts the files of this save in the place of those of the one before, all at once. Where it is
+    /// one of a checkpoint, those of [`MemoryFiles::CHECKPOINT`] that were not written are removed;
+    /// adapters are files of their own.
     ///
     /// # Errors
     /// Whatever keeps it from being done; the files are what they were.
@@ -222,7 +223,10 @@ impl FileSave for MemorySave<'_> {
     }
 
     fn commit(self: Box<Self>) -> io::Result<()> {
-        self.files.retain(|name, _| !FILES.contains(&name.as_str()));
+        // Of a checkpoint before, nothing stays beside one; adapters are none.
+        if self.new.iter().any(|(name, _)| FILES.contains(&name.as_str())) {
+            self.files.retain(|name, _| !FILES.contains(&name.as_str()));
+        }
         self.files.extend(self.new.into_iter().map(|(name, bytes)| (name, Bytes::Own(bytes))));
         Ok(())
     }

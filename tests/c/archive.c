@@ -398,6 +398,25 @@ static void in_an_archive(mxt_engine *engine, mxt_trainer *trainer, const mxt_da
   mxt_files_free(before);
 }
 
+/* What gives lent bytes back may come to the files again, which are busy then. */
+static void put_again(void *user_data) {
+  mxt_files **files = user_data;
+  if (*files == NULL) return;
+  mxt_files *again = *files;
+  *files = NULL;
+  RETURNS(MXT_ERROR_BUSY, mxt_files_put(again, "new", "x", 1));
+  RETURNS(MXT_ERROR_BUSY, mxt_files_remove(again, "config.json"));
+}
+
+static void freed_from_within(void) {
+  mxt_files *files = NULL;
+  OK(mxt_files_in_memory(&files));
+  mxt_files *again = files;
+  OK(mxt_files_lend(files, "lent", "abc", 3, &again, put_again));
+  mxt_files_free(files);
+  CHECK(again == NULL);
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 2);
   mxt_engine *engine = new_engine();
@@ -414,5 +433,6 @@ int main(int argc, char **argv) {
   mxt_model_free(model);
   mxt_dataset_free(dataset);
   mxt_engine_free(engine);
+  freed_from_within();
   return 0;
 }

@@ -124,8 +124,13 @@ function store_of(files::AbstractDict)
         begin_save = () -> empty!(fresh),
         create = (name, size) -> (fresh[name] = Written(sizehint!(UInt8[], size))),
         commit = function ()
-            for name in ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
-                haskey(fresh, name) ? (files[name] = fresh[name].bytes) : delete!(files, name)
+            checkpoint = ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
+            # Of a checkpoint before, nothing stays beside one; adapters are none.
+            if any(name -> haskey(fresh, name), checkpoint)
+                foreach(name -> delete!(files, name), checkpoint)
+            end
+            for (name, file) in fresh
+                files[name] = file.bytes
             end
             return empty!(fresh)
         end,
@@ -186,8 +191,7 @@ end
 """
     save_lora(model, files)
 
-[`save_lora`](@ref) to a dictionary of names and bytes, or to a [`MXFP4Train.FileStore`](@ref). There
-they take the place of a checkpoint.
+[`save_lora`](@ref) to a dictionary of names and bytes, or to a [`MXFP4Train.FileStore`](@ref).
 """
 function save_lora(model::Model, place::FilePlace)
     return save_with(place) do files

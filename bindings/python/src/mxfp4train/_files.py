@@ -175,7 +175,10 @@ class _Mapping:
         return self.new[name]
 
     def commit(self) -> None:
-        names = ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
+        checkpoint = ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
+        # Of a checkpoint before, nothing stays beside one; adapters are none.
+        is_one = any(name in self.new for name in checkpoint)
+        names = [*self.new, *(name for name in checkpoint if is_one and name not in self.new)]
         before = {name: self.mapping[name] for name in names if name in self.mapping}
         try:
             for name in names:
