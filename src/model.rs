@@ -242,8 +242,7 @@ impl Model {
         self.save_lora_at(Place::Folder(dir))
     }
 
-    /// [`Model::save_lora`] to files without a folder. They take the place of a checkpoint in `files`:
-    /// give adapters a set of their own.
+    /// [`Model::save_lora`] to files without a folder.
     ///
     /// # Errors
     /// As [`Model::save_to`], and [`Error::InvalidArgument`] for a model without adapters.
@@ -267,7 +266,8 @@ impl Model {
     /// W + alpha / rank B A, in f32.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a model without adapters, [`Error::OutOfMemory`].
+    /// [`Error::InvalidArgument`] for a model without adapters, [`Error::NotFinite`] where a sum is
+    /// beyond f32, [`Error::OutOfMemory`].
     pub fn merge_lora(&self) -> Result<Self> {
         let lora = self.config().lora.ok_or_else(no_adapters)?;
         let merged = self.copied(None)?;
@@ -285,6 +285,10 @@ impl Model {
                 read(of_a, &mut a)?;
                 read(of_b, &mut b)?;
                 lora.merge(&mut w[..of_w.len], &a[..of_a.len], &b[..of_b.len])?;
+                if let Some(value) = w[..of_w.len].iter().find(|value| !value.is_finite()) {
+                    let what = "a weight with its adapter added".to_owned();
+                    return Err(Error::NotFinite { what, value: *value });
+                }
                 to.backend.write_param(&mut all.all, slot, &w[..of_w.len])?;
             }
         }));

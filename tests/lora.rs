@@ -235,10 +235,18 @@ fn a_resumed_run_goes_on_to_the_bit() {
     let dir = tempfile::tempdir().unwrap();
     for engine in engines() {
         let base = Model::new(&engine, &config()).unwrap();
-        for recipe in ["fp32", "fp8-mxfp4-rht-sr"] {
+        // Of muon nothing is left that has a second moment.
+        for (recipe, optimizer) in [
+            ("fp32", "adamw"),
+            ("fp8-mxfp4-rht-sr", "adamw,moments=int8"),
+            ("bf16", "muon"),
+            ("fp8", "muon,moments=int8"),
+        ] {
             let model = base.with_lora(Lora { rank: 3, ..Lora::default() }).unwrap();
             let (data, folder) = (data(), dir.path().join(recipe));
-            let mut trainer = Trainer::new(&model, options(recipe)).unwrap();
+            let optimizer = optimizer.parse().unwrap();
+            let options = TrainerOptions { optimizer, ..options(recipe) };
+            let mut trainer = Trainer::new(&model, options).unwrap();
             for _ in 0..3 {
                 trainer.step(&data).unwrap();
             }
@@ -353,6 +361,9 @@ fn files_of_other_adapters_are_refused() {
         ("\"use_rslora\": false", "\"use_rslora\": true", "use_rslora"),
         ("\"none\"", "\"all\"", "bias"),
         ("\"rank_pattern\": {}", "\"rank_pattern\": {\"c_attn\": 3}", "rank_pattern"),
+        ("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa\"", "init_lora_weights"),
+        ("\"attn.c_attn\",", "", "target_modules"),
+        ("{", "{ \"alora_invocation_tokens\": [7],", "alora_invocation_tokens"),
         ("\"r\": 8", "\"r\": -8", "r: expected a whole number"),
         ("\"r\": 8", "\"r\": 9", "shape"),
         ("\"r\": 8", "\"r\": 16000", "has only"),
@@ -380,4 +391,20 @@ fn files_of_other_adapters_are_refused() {
     }
     fs::remove_file(&path).unwrap();
     assert!(matches!(base.load_lora(dir), Err(Error::Io { .. })));
+    // Nobody writes to it.
+    let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+    assert!(made.success());
+    refused(base.load_lora(dir), "pipe");
+}
+
+#[test]
+fn what_is_beyond_f32_is_not_merged() {
+    let engine = &engines()[0];
+    let model = Model::new(engine, &config()).unwrap().with_lora(Lora::default()).unwrap();
+    for matrix in ["lora_A", "lora_B"] {
+        let name = format!("transformer.h.1.mlp.c_fc.{matrix}.weight");
+        let len = model.tensors().iter().find(|info| info.name == name).unwrap().len();
+        model.write_tensor(&name, &vec![3e38; len]).unwrap();
+    }
+    assert!(matches!(model.merge_lora(), Err(Error::NotFinite { .. })));
 }

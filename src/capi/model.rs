@@ -393,7 +393,7 @@ pub unsafe extern "C" fn mxt_model_with_lora(
 /// stores it in `*merged` for the caller to free.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model without adapters),
-/// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+/// MXT_ERROR_NOT_FINITE (a sum beyond f32), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_merge_lora(
     model: *const mxt_model,
@@ -522,7 +522,7 @@ pub unsafe extern "C" fn mxt_model_get_config(
     }
 }
 
-/// Number of trained numbers. 0 if `model` is NULL. Any thread may call it at any time.
+/// Numbers in all tensors, those of adapters among them. 0 if `model` is NULL. Any thread may call it at any time.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_parameter_count(model: *const mxt_model) -> u64 {
     // SAFETY: a live handle or NULL, as the header asks.

@@ -6,9 +6,9 @@
 //! may stand for several layers and be a pattern.
 
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde_json::{Map, Value, json};
 
 use super::files::{Files, NewFiles, OpenFile, Place};
@@ -97,8 +97,11 @@ impl<'a> AdapterFiles<'a> {
     pub(crate) fn open(dir: &Path, model: &ModelConfig) -> Result<Self> {
         Self::open_by(model, |name| {
             let path = dir.join(name);
-            let file = File::open(&path).map_err(Error::io("open", &path))?;
-            Ok((path, OpenFile::Disk(file)))
+            // Without NONBLOCK a pipe of this name would wait for its writer.
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            let file = openat(CWD, &path, flags, Mode::empty());
+            let file = file.map_err(|errno| Error::io("open", &path)(errno.into()))?;
+            Ok((path, OpenFile::Disk(File::from(file))))
         })
     }
 
@@ -107,7 +110,12 @@ impl<'a> AdapterFiles<'a> {
         Self::open_by(model, |name| {
             let path = Path::new(name);
             let file = files.open(name).map_err(Error::io("open", path))?;
-            let none = || Error::io("open", path)(io::ErrorKind::NotFound.into());
+            let none = || {
+                Error::format(
+                    path,
+                    "expected a file of this name, for adapters have one; found none",
+                )
+            };
             Ok((path.to_owned(), OpenFile::Host(file.ok_or_else(none)?)))
         })
     }
@@ -126,6 +134,14 @@ impl<'a> AdapterFiles<'a> {
         let (rank, alpha) = parse(&config, &text)?;
         let (path, file) = open(TENSORS)?;
         let layers = layers_of(&TensorFile::open(&path, &file)?);
+        if layers == [false; 4] {
+            let message = format!(
+                "expected adapters such as {PREFIX}transformer.h.0.attn.c_attn.lora_A.weight, found \
+                 none of a linear layer of GPT-2's blocks"
+            );
+            return Err(Error::format(&path, message));
+        }
+        check_targets(&config, &text, layers)?;
         let lora = Lora { rank, alpha, layers };
         lora.validate().map_err(|error| Error::format(&config, error.to_string()))?;
         let adapted = ModelConfig { lora: Some(lora), ..model.clone() };
@@ -196,6 +212,33 @@ fn layers_of(file: &TensorFile<'_>) -> [bool; 4] {
     })
 }
 
+/// An error where PEFT would leave out layers that have tensors.
+fn check_targets(path: &Path, text: &[u8], layers: [bool; 4]) -> Result<()> {
+    let Ok(object) = serde_json::from_slice::<Map<String, Value>>(text) else { return Ok(()) };
+    // A text is a pattern or "all-linear".
+    let Some(targets) = object.get("target_modules").and_then(Value::as_array) else {
+        return Ok(());
+    };
+    let is_target = |layer: &str| {
+        targets.iter().filter_map(Value::as_str).any(|target| {
+            layer == target || layer.strip_suffix(target).is_some_and(|rest| rest.ends_with('.'))
+        })
+    };
+    // Longer names are of single modules, which PEFT has found.
+    let is_plain = targets.iter().filter_map(Value::as_str).all(|name| !name.contains("h."));
+    let adapted = Lora::LAYERS.into_iter().zip(layers).filter(|(_, is)| *is);
+    for (layer, _) in adapted.filter(|_| is_plain) {
+        if !is_target(layer) {
+            let message = format!(
+                "target_modules: expected {layer}, of which the file of tensors has adapters, found {}",
+                Value::Array(targets.clone())
+            );
+            return Err(Error::format(path, message));
+        }
+    }
+    Ok(())
+}
+
 /// Rank and alpha, where nothing else than LoRA itself is asked for.
 fn parse(path: &Path, text: &[u8]) -> Result<(usize, f32)> {
     let object: Map<String, Value> = serde_json::from_slice(text)
@@ -215,16 +258,23 @@ fn parse(path: &Path, text: &[u8]) -> Result<(usize, f32)> {
         _ => false,
     };
     for key in [
+        "alora_invocation_tokens",
         "alpha_pattern",
+        "arrow_config",
+        "exclude_modules",
+        "kasa_config",
         "layer_replication",
         "layers_to_transform",
         "lora_bias",
         "modules_to_save",
         "rank_pattern",
         "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
         "use_dora",
         "use_qalora",
         "use_rslora",
+        "velora_config",
     ] {
         if object.get(key).is_some_and(|value| !is_empty(value)) {
             return Err(error(key, "none: adapters here are of one rank, without further parts"));
@@ -232,6 +282,17 @@ fn parse(path: &Path, text: &[u8]) -> Result<(usize, f32)> {
     }
     if object.get("bias").is_some_and(|value| *value != json!("none")) {
         return Err(error("bias", "\"none\""));
+    }
+    // Others change the weights of the base as well, before adapters come to them.
+    let beginnings = ["gaussian", "orthogonal", "eva", "mica"].map(|name| json!(name));
+    let beginnings = [json!(true), json!(false), Value::Null].into_iter().chain(beginnings);
+    if let Some(found) = object.get("init_lora_weights")
+        && !beginnings.into_iter().any(|known| known == *found)
+    {
+        let expected = "true, false, \"gaussian\", \"orthogonal\" or \"eva\": others change the weights \
+                        of the model, too; let PEFT convert the adapters to LoRA's own \
+                        (path_initial_model_for_weight_conversion)";
+        return Err(error("init_lora_weights", expected));
     }
     let rank = object.get("r").and_then(Value::as_u64).and_then(|rank| rank.try_into().ok());
     let alpha = match object.get("lora_alpha") {
