@@ -332,6 +332,10 @@ Flow guarded(Body body) noexcept {
   return body();
 }
 
+inline result<void> failed(mxt_status status, const std::string &message) {
+  return error(status, message);
+}
+
 inline result<void> finish(mxt_status status) {
   if (status != MXT_OK) return error(status, mxt_last_error());
   return {};
@@ -362,6 +366,10 @@ Flow guarded(Body body) noexcept {
     if (!callback_threw()) pending() = std::current_exception();
     return Flow::stop;
   }
+}
+
+[[noreturn]] inline void failed(mxt_status status, const std::string &message) {
+  throw error(status, message);
 }
 
 // Every call of the library that can fail or call back ends here.
@@ -1527,11 +1535,16 @@ class Trainer {
     batch.targets = targets.data();
     batch.weights = weights.empty() ? nullptr : weights.data();
     batch.documents = documents.empty() ? nullptr : documents.data();
-    // Where one of them has another length, that is the one to complain about.
     batch.count = tokens.size();
-    if (targets.size() != tokens.size()) batch.count = targets.size();
-    if (!weights.empty() && weights.size() != tokens.size()) batch.count = weights.size();
-    if (!documents.empty() && documents.size() != tokens.size()) batch.count = documents.size();
+    // C has one count for all of them, and reads as many of each.
+    const auto differs = [&](std::size_t size) { return size != tokens.size(); };
+    if (differs(targets.size())) return mismatch("targets", targets.size(), tokens.size());
+    if (batch.weights != nullptr && differs(weights.size())) {
+      return mismatch("weights", weights.size(), tokens.size());
+    }
+    if (batch.documents != nullptr && differs(documents.size())) {
+      return mismatch("documents", documents.size(), tokens.size());
+    }
     return forward_backward(batch);
   }
 
@@ -1688,6 +1701,13 @@ class Trainer {
 
  private:
   explicit Trainer(mxt_trainer *trainer) : handle_(trainer) {}
+
+  static outcome<void> mismatch(const char *what, std::size_t size, std::size_t tokens) {
+    return detail::failed(MXT_ERROR_INVALID_ARGUMENT, std::string("forward_backward: ") + what +
+                                                          ": expected " + std::to_string(tokens) +
+                                                          ", as many as tokens, got " +
+                                                          std::to_string(size));
+  }
 
   detail::handle<mxt_trainer> handle_;
 };

@@ -317,6 +317,24 @@ void losses(Fixture &it) {
   it.trainer.forward(packed);
   CHECK(together[4] == apart[4] && together[5] != apart[5] && together[16] == apart[16]);
   it.trainer.forward_backward(tokens, targets, {}, documents);
+  // As many of each, or nothing is read.
+  const std::vector<std::uint32_t> few(10, 1);
+  const std::vector<float> few_weights(10, 1.0f);
+  for (const auto &call :
+       {std::function<void()>([&] { it.trainer.forward_backward(few, targets); }),
+        {[&] { it.trainer.forward_backward(tokens, few); }},
+        {[&] { it.trainer.forward_backward(few, few, {}, documents); }},
+        {[&] { it.trainer.forward_backward(few, few, std::vector<float>(32, 1.0f)); }},
+        {[&] { it.trainer.forward_backward(tokens, targets, few_weights); }}}) {
+    bool refused = false;
+    try {
+      call();
+    } catch (const mxt::error &error) {
+      refused = error.status() == MXT_ERROR_INVALID_ARGUMENT &&
+                std::string_view(error.what()).find("as many as tokens") != std::string_view::npos;
+    }
+    CHECK(refused);
+  }
   it.trainer.zero_gradients();
   documents.pop_back();
   std::string what;
