@@ -459,12 +459,12 @@ pub(crate) struct LoraArgs {
     pub(crate) lora: Option<usize>,
 
     /// Over the rank, the factor of what adapters add [default: twice --lora]
-    #[arg(long, value_name = "X", requires = "lora")]
+    #[arg(long, value_name = "X")]
     pub(crate) lora_alpha: Option<f32>,
 
     /// Layers of every block that have one: all, or some of attn.c_attn, attn.c_proj, mlp.c_fc and
     /// mlp.c_proj with commas between them
-    #[arg(long, value_name = "NAMES", requires = "lora", default_value = "all",
+    #[arg(long, value_name = "NAMES", default_value = "all",
           value_parser = Lora::layers_of)]
     pub(crate) lora_layers: [bool; 4],
 }

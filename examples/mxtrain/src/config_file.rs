@@ -29,16 +29,16 @@ pub(crate) fn read(file: &Path, sub: &str) -> Outcome<Vec<OsString>> {
         if !known.contains_key(&key) {
             return Err(unknown(file, &key, known.keys()));
         }
-        let Some(&is_flag) = own.get(&key) else { continue };
+        let Some(&kind) = own.get(&key) else { continue };
         let wrong = |expected: &str| {
             let message = format!("{key}: expected {expected}, got {} {value}", value.type_str());
             Failure::usage(message).within(file.display())
         };
-        match (is_flag, &value) {
-            (true, Value::Boolean(_)) => {}
-            (true, _) => return Err(wrong("true or false")),
-            (false, Value::String(_) | Value::Integer(_) | Value::Float(_)) => {}
-            (false, _) => return Err(wrong("a number or a string")),
+        match (kind, &value) {
+            (Kind::Flag | Kind::Either, Value::Boolean(_)) => {}
+            (Kind::Flag | Kind::Either, _) => return Err(wrong("true or false")),
+            (Kind::Value, Value::String(_) | Value::Integer(_) | Value::Float(_)) => {}
+            (Kind::Value, _) => return Err(wrong("a number or a string")),
         }
         // Alone first, so that a wrong value is reported with the file that it came from.
         let option = BTreeMap::from([(key, value)]);
@@ -60,14 +60,27 @@ fn to_args(options: &BTreeMap<String, Value>) -> Vec<OsString> {
     options.iter().filter_map(to_arg).collect()
 }
 
-/// The long options of a sub-command that a file may hold, and whether each is a flag.
-fn options_of(sub: &str) -> BTreeMap<String, bool> {
+/// What may stand behind an option in a file.
+#[derive(Clone, Copy)]
+enum Kind {
+    Flag,
+    Value,
+    Either,
+}
+
+/// The long options of a sub-command that a file may hold.
+fn options_of(sub: &str) -> BTreeMap<String, Kind> {
     let command = parse::command();
     let options = command.find_subcommand(sub).into_iter().flat_map(|sub| sub.get_arguments());
     options
         .filter_map(|arg| {
-            let is_flag = matches!(arg.get_action(), ArgAction::SetTrue);
-            arg.get_long().map(|long| (long.to_owned(), is_flag))
+            let kind = match arg.get_action() {
+                ArgAction::SetTrue => Kind::Flag,
+                // One that has a value as well, so that a run can keep it.
+                _ if arg.get_value_names().is_some_and(|names| names[0] == "BOOL") => Kind::Either,
+                _ => Kind::Value,
+            };
+            arg.get_long().map(|long| (long.to_owned(), kind))
         })
         .filter(|(long, _)| !["config", "help", "version", "json"].contains(&long.as_str()))
         .collect()
@@ -123,6 +136,9 @@ mod tests {
         assert_eq!(train.model.heads, 4);
         assert!(train.start.overwrite);
         assert!(parsed.given("lr") && !parsed.given("heads"));
+        let (train, _) =
+            parse("document-mask = true\nlora-alpha = 2\nlora = 4\n", "mxtrain train").unwrap();
+        assert!(train.document_mask && train.lora.lora_alpha == Some(2.0));
     }
 
     #[test]

@@ -145,7 +145,10 @@ fn adapters_learn_answers() {
             "train --data data --init-from base --lora 8 --lora-layers c_attn --steps 1",
             "attn.c_attn",
         ),
-        ("train --data data --init-from base --lora-alpha 8 --steps 1", "--lora <RANK>"),
+        (
+            "train --data data --init-from base --lora-alpha 8 --steps 1",
+            "--lora-alpha: goes with --lora RANK",
+        ),
         (
             "train --data data --init-from base --lora 8 --lora-alpha=-1 --steps 1",
             "--lora-alpha: expected a number above 0",
@@ -266,6 +269,8 @@ fn packed_examples_are_as_if_each_were_alone() {
     }
     // Without the mask in what is saved a resumed run would go on with other sequences.
     succeed(dir, &format!("{packed} --steps 2 --out half"));
+    let error = refuse(dir, "train --resume half --steps 4 --document-mask=false");
+    assert!(error.contains("--document-mask: a resumed run keeps"), "{error}");
     succeed(dir, "train --resume half --steps 4 --log half.jsonl");
     let [whole, rest] = ["packed.jsonl", "half.jsonl"].map(|name| numbers(name, "step", "tokens"));
     assert_eq!(whole[..2], rest[..]);

@@ -174,7 +174,11 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
         checkpoints: Vec::new(),
     };
     for dir in &args.checkpoints {
-        let model = Model::load(&engine, dir)?;
+        let mut model = Model::load(&engine, dir)?;
+        if model.config().lora.is_some() {
+            // What is compared are gradients of weights.
+            model = model.merge_lora()?;
+        }
         let length = args.sequence_length.unwrap_or_else(|| model.config().context_length);
         if ![0, length].contains(&record.sequence_length) {
             return Err(Failure::usage(format!(

@@ -21,8 +21,8 @@ use mxfp4train::{
 };
 
 pub(crate) use setup::{
-    Data, Start, Weights, adapters_in_words, is_checkpoint, model_config, short_windows,
-    trainer_options, vocabulary,
+    Data, Start, Weights, adapters_in_words, check_lora, is_checkpoint, model_config,
+    short_windows, trainer_options, vocabulary,
 };
 
 use crate::cli::{ReportArgs, TrainArgs};

@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use indicatif::HumanCount;
 use mxfp4train::{
-    Dataset, Engine, Lora, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule, ScheduleKind,
-    TokenDrop, Trainer, TrainerOptions,
+    Dataset, Engine, Frozen, Lora, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule,
+    ScheduleKind, TokenDrop, Trainer, TrainerOptions,
 };
 
 use super::examples::{self, Examples, Size};
@@ -19,8 +19,8 @@ use super::log::Log;
 use super::saves::{FILES, Origin};
 use super::tensorboard::TensorBoard;
 use crate::cli::{
-    BatchArgs, DataArgs, ExampleArgs, ModelArgs, OptimizerArgs, StartArgs, TokenArgs, TrainArgs,
-    VariantArgs,
+    BatchArgs, DataArgs, ExampleArgs, LoraArgs, ModelArgs, OptimizerArgs, StartArgs, TokenArgs,
+    TrainArgs, VariantArgs,
 };
 use crate::console;
 use crate::failure::{Failure, Outcome};
@@ -463,6 +463,7 @@ impl Start {
     ) -> Outcome<Self> {
         let recipe = &args.recipe.recipe;
         recipe.check_trains()?;
+        check_lora(&args.lora)?;
         if args.start.new_schedule && args.start.resume.is_none() {
             return Err(Failure::usage(
                 "--new-schedule: goes with --resume; a new run has a schedule of its own anyway",
@@ -527,11 +528,13 @@ impl Start {
                 };
                 require_shape(args, parsed, trainer.model().config(), "--resume")?;
                 require_settings(args, parsed, trainer.options())?;
-                let kept = trainer.options().document_end.is_some();
-                if parsed.given("document-mask")
-                    && data.examples.is_none()
-                    && args.document_mask != kept
-                {
+                let is_kept =
+                    |file: RunFile| file.options.get("document-mask").is_some_and(|v| v == "true");
+                let kept = match data.examples {
+                    Some(_) => RunFile::read(dir)?.is_some_and(is_kept),
+                    None => trainer.options().document_end.is_some(),
+                };
+                if parsed.given("document-mask") && args.document_mask != kept {
                     return Err(Failure::usage(format!(
                         "--document-mask: a resumed run keeps what it was started with, which is {}; \
                          leave the option out, or start a new run with --init-from",
@@ -894,6 +897,17 @@ fn require_shape(args: &TrainArgs, parsed: &Parsed, config: &ModelConfig, origin
     Ok(())
 }
 
+/// Options of adapters without any are a slip.
+pub(crate) fn check_lora(args: &LoraArgs) -> Outcome {
+    let given = match args {
+        LoraArgs { lora: Some(_), .. } => return Ok(()),
+        LoraArgs { lora_alpha: Some(_), .. } => "--lora-alpha",
+        LoraArgs { lora_layers, .. } if *lora_layers != [true; 4] => "--lora-layers",
+        _ => return Ok(()),
+    };
+    Err(Failure::usage(format!("{given}: goes with --lora RANK, which is missing")))
+}
+
 /// "adapters of rank 8, alpha 16, beside attn.c_attn".
 pub(crate) fn adapters_in_words(lora: &Lora) -> String {
     let beside = match lora.layers {
@@ -917,6 +931,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
     }
     let drop =
         |drop: Option<TokenDrop>| drop.map_or_else(|| "none".to_owned(), |drop| drop.to_string());
+    let frozen = |of: &Frozen| if of.is_empty() { "none".to_owned() } else { of.to_string() };
     let of_schedule = ["lr", "min-lr", "warmup", "schedule", "decay-steps"];
     for (option, difference) in [
         ("batch-size", differs(&batch.batch_size, &kept.batch_size)),
@@ -926,7 +941,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("recipe", differs(&args.recipe.recipe, &kept.recipe)),
         ("recompute", differs(&batch.recompute, &kept.recompute)),
         ("token-drop", differs(&drop(batch.token_drop), &drop(kept.token_drop))),
-        ("freeze", differs(&batch.freeze, &kept.frozen)),
+        ("freeze", differs(&frozen(&batch.freeze), &frozen(&kept.frozen))),
         ("lr", differs_from(&opt.lr, &schedule.lr)),
         ("min-lr", differs_from(&opt.min_lr, &schedule.min_lr)),
         ("warmup", differs_from(&opt.warmup, &schedule.warmup_steps)),
