@@ -229,13 +229,14 @@ def test_adapters_train_beside_weights_that_stay(engine, dataset, tmp_path):
         assert np.array_equal(adapted.tensors[name], values), name
     b = "transformer.h.1.attn.c_attn.lora_B.weight"
     assert adapted.tensors[b].any()
-    with pytest.raises(mxt.InvalidArgument, match="frozen"):
-        trainer.gradients["transformer.wte.weight"]
+    gradients = dict(trainer.gradients)
+    assert len(gradients) == 8 and all(".lora_" in name for name in gradients)
     adapted.save_lora(tmp_path / "adapter")
     again = base.load_lora(tmp_path / "adapter")
     assert np.array_equal(again.tensors[b], adapted.tensors[b])
-    kept = {}
+    kept = {"config.json": b"another's"}
     adapted.save_lora(kept)
+    assert kept.pop("config.json") == b"another's"
     assert sorted(kept) == ["adapter_config.json", "adapter_model.safetensors"]
     for name, content in kept.items():
         assert content == (tmp_path / "adapter" / name).read_bytes(), name
@@ -262,5 +263,6 @@ def test_frozen_tensors_stay(make_trainer, dataset):
     stayed = [np.array_equal(values, before[name]) for name, values in trainer.model.tensors.items()]
     expected = [name.startswith("transformer.h.") for name in before]
     assert stayed == expected and trainer.options.frozen == "transformer.h.*"
+    assert not any(name.startswith("transformer.h.") for name in dict(trainer.gradients))
     with pytest.raises(mxt.InvalidArgument, match="no.such"):
         make_trainer(frozen="no.such")

@@ -659,7 +659,8 @@ mxt_status mxt_model_save_to(const struct mxt_model *model,
 mxt_status mxt_model_load_lora_from(const struct mxt_model *model,
                                     struct mxt_files *files,
                                     struct mxt_model **adapted);
-mxt_status mxt_model_save_lora_to(const struct mxt_model *model, struct mxt_files *files);
+mxt_status mxt_model_save_lora_to(const struct mxt_model *model,
+                                  struct mxt_files *files);
 mxt_status mxt_trainer_load_from(const struct mxt_engine *engine,
                                  struct mxt_files *files,
                                  const char *optimizer,

@@ -227,8 +227,7 @@ class Model(Handle):
     def save_lora(self, folder: files.Place) -> None:
         """Saves the adapters alone; PEFT opens the folder beside the model they were made for.
 
-        In place of a folder there may be files without one, as in `save`; of those they take the
-        place of a checkpoint.
+        In place of a folder there may be files without one, as in `save`.
 
         Raises InvalidArgument (no adapters), FileError, FormatError, NotFinite.
         """

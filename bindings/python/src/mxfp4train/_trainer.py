@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from fnmatch import fnmatchcase
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -445,15 +446,23 @@ class Trainer(Handle):
         """The gradients by name, as `Model.tensors` has the weights: of the last step, before
         clipping, or, where batches wait for an update, of their loss so far. To read them is
         InvalidArgument after `zero_gradients` or an `update` that failed, until there are others.
+        Frozen tensors have none, and beside adapters nothing else has.
 
         What is assigned overwrites the gradient that waits, and `forward_backward` can add no batch
         to it then. Where none waits, those of all other tensors are 0, so a program may bring all
         gradients itself.
         """
         with self.model as model:
-            return Tensors(
+            gradients = Tensors(
                 self, model, lib.mxt_trainer_read_gradient, lib.mxt_trainer_write_gradient
             )
+            has_adapters = model.config.lora_rank > 0
+        frozen = [pattern.strip() for pattern in (self.options.frozen or "").split(",")]
+        for name in list(gradients.shapes):
+            is_beside = has_adapters and ".lora_" not in name
+            if is_beside or any(fnmatchcase(name, pattern) for pattern in frozen):
+                del gradients.shapes[name]
+        return gradients
 
     # Runs.
 
