@@ -1416,7 +1416,7 @@ mxt_status mxt_model_with_lora(const struct mxt_model *model,
 // stores it in `*merged` for the caller to free.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model without adapters),
-// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+// MXT_ERROR_NOT_FINITE (a sum beyond f32), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 mxt_status mxt_model_merge_lora(const struct mxt_model *model,
                                 struct mxt_model **merged);
 
@@ -1450,7 +1450,7 @@ mxt_status mxt_model_save_as(const struct mxt_model *model, const char *dir, int
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 mxt_status mxt_model_get_config(const struct mxt_model *model, struct mxt_model_config *config);
 
-// Number of trained numbers. 0 if `model` is NULL. Any thread may call it at any time.
+// Numbers in all tensors, those of adapters among them. 0 if `model` is NULL. Any thread may call it at any time.
 uint64_t mxt_model_parameter_count(const struct mxt_model *model);
 
 // Number of tensors. 0 if `model` is NULL. Any thread may call it at any time.
@@ -2285,12 +2285,13 @@ mxt_status mxt_model_load_lora_from(const struct mxt_model *model,
                                     struct mxt_files *files,
                                     struct mxt_model **adapted);
 
-// mxt_model_save_lora to files that lie elsewhere than in a folder. They take the place of a
-// checkpoint there: give adapters a set of files of their own.
+// mxt_model_save_lora to files that lie elsewhere than in a folder. In memory a checkpoint beside them
+// stays; give adapters a set of files of their own where `commit` of the host replaces all.
 //
 // Errors: those of mxt_model_save_to, and MXT_ERROR_INVALID_ARGUMENT also for a model without
 // adapters.
-mxt_status mxt_model_save_lora_to(const struct mxt_model *model, struct mxt_files *files);
+mxt_status mxt_model_save_lora_to(const struct mxt_model *model,
+                                  struct mxt_files *files);
 
 // mxt_trainer_load of files that lie elsewhere than in a folder or, where `optimizer` is not NULL,
 // mxt_trainer_load_as.

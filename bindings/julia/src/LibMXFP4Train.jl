@@ -1722,7 +1722,7 @@ Makes a model of the weights of `model`, which stays as it is, with its adapters
 stores it in `*merged` for the caller to free.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a model without adapters),
-MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+MXT_ERROR_NOT_FINITE (a sum beyond f32), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 """
 function mxt_model_merge_lora(model, merged)
     return @ccall libmxfp4train.mxt_model_merge_lora(
@@ -1800,7 +1800,7 @@ end
 """
     mxt_model_parameter_count(model)
 
-Number of trained numbers. 0 if `model` is NULL. Any thread may call it at any time.
+Numbers in all tensors, those of adapters among them. 0 if `model` is NULL. Any thread may call it at any time.
 """
 function mxt_model_parameter_count(model)
     return @ccall libmxfp4train.mxt_model_parameter_count(model::Ptr{mxt_model})::UInt64
@@ -3307,8 +3307,8 @@ end
 """
     mxt_model_save_lora_to(model, files)
 
-mxt_model_save_lora to files that lie elsewhere than in a folder. They take the place of a
-checkpoint there: give adapters a set of files of their own.
+mxt_model_save_lora to files that lie elsewhere than in a folder. In memory a checkpoint beside them
+stays; give adapters a set of files of their own where `commit` of the host replaces all.
 
 Errors: those of mxt_model_save_to, and MXT_ERROR_INVALID_ARGUMENT also for a model without
 adapters.
