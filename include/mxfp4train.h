@@ -633,6 +633,7 @@ typedef struct mxt_model_config {
   // Default 0: nothing is.
   size_t lora_rank;
   // Over the rank, the factor of what is added to a layer's result. 0 (default) is twice the rank.
+  // Without a rank neither this nor lora_layers counts.
   float lora_alpha;
   // Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
   uint32_t lora_layers;

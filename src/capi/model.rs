@@ -95,6 +95,7 @@ pub struct mxt_model_config {
     /// Default 0: nothing is.
     pub lora_rank: usize,
     /// Over the rank, the factor of what is added to a layer's result. 0 (default) is twice the rank.
+    /// Without a rank neither this nor lora_layers counts.
     pub lora_alpha: f32,
     /// Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
     pub lora_layers: u32,

@@ -59,12 +59,10 @@ pub(super) fn no_checkpoint(dir: &Path, has_config: bool) -> Error {
     let message = if let Some(adapter) = names.iter().find(|name| *name == ADAPTER) {
         let base = base_of_adapter(&dir.join(adapter));
         format!(
-            "a PEFT adapter{base}, which holds changes to a model and not the model; merge both and \
-             load the result: run in this folder {}",
-            python(
-                "from peft import AutoPeftModelForCausalLM as M; \
-                 M.from_pretrained('.').merge_and_unload().save_pretrained('merged')"
-            )
+            "adapters{base} as PEFT has them, which change a model and are none: load them beside the \
+             model that they were made for (load_lora), or add them to its weights by `mxtrain export \
+             MODEL MERGED --lora {}`",
+            dir.display()
         )
     } else if !has_config {
         format!("expected a checkpoint folder, found no {CONFIG} in it")

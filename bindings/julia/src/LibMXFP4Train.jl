@@ -861,6 +861,7 @@ struct mxt_model_config
     # Default 0: nothing is.
     lora_rank::Csize_t
     # Over the rank, the factor of what is added to a layer's result. 0 (default) is twice the rank.
+    # Without a rank neither this nor lora_layers counts.
     lora_alpha::Cfloat
     # Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
     lora_layers::UInt32

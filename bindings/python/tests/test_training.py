@@ -247,6 +247,8 @@ def test_adapters_train_beside_weights_that_stay(engine, dataset, tmp_path):
     assert np.allclose(again.merge_lora().tensors[weight], merged, atol=1e-6)
     with pytest.raises(ValueError, match="c_attn"):
         base.with_lora(4, layers=["c_attn"])
+    with pytest.raises(ValueError, match="alpha"):
+        base.with_lora(4, alpha=0)
     with pytest.raises(ValueError, match="none"):
         base.with_lora(4, layers=[])
     with pytest.raises(mxt.InvalidArgument, match="rank"):

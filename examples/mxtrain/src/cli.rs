@@ -919,6 +919,7 @@ optimizer's state stays behind: nothing resumes an export.
 Examples:
   mxtrain export model model-bf16
   mxtrain export model model.gguf --weights f16
+  mxtrain export model tuned --lora adapters
   mxtrain export model model-mxfp4.gguf --weights mxfp4")]
 pub(crate) struct ExportArgs {
     /// Checkpoint folder, this program's or Hugging Face's gpt2
@@ -930,6 +931,10 @@ pub(crate) struct ExportArgs {
     /// safetensors, gguf or peft [default: gguf where OUT ends in .gguf, else safetensors]
     #[arg(long, value_name = "NAME", hide_possible_values = true)]
     pub(crate) format: Option<ExportFormat>,
+
+    /// Folder of adapters, PEFT's or one of --format peft, that are added to the weights of CHECKPOINT
+    #[arg(long, value_name = "DIR")]
+    pub(crate) lora: Option<PathBuf>,
 
     /// Numbers of the weights: f32, f16, bf16 or mxfp4
     #[arg(long, value_name = "NAME", default_value_t = StoredWeights::Bf16)]

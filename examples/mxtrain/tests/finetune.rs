@@ -115,6 +115,10 @@ fn adapters_learn_answers() {
     let config: Value = serde_json::from_str(&text).unwrap();
     assert_eq!((&config["r"], &config["peft_type"]), (&Value::from(8), &Value::from("LORA")));
     succeed(dir, "export tuned adapters --format peft --overwrite");
+    succeed(dir, "export base again --lora adapters --weights f32");
+    assert_eq!(answers("again"), tuned);
+    let error = refuse(dir, "generate --checkpoint adapters");
+    assert!(error.contains("mxtrain export MODEL MERGED --lora adapters"), "{error}");
 
     // Two runs of one, and of two processes.
     let run = |steps: u64, more: &str| {
@@ -156,6 +160,8 @@ fn adapters_learn_answers() {
         ("train --data data --init-from tuned --lora 8 --steps 1", "has adapters"),
         ("train --resume tuned --lora 4 --steps 200", "adapters of rank 8"),
         ("export base out --format peft", "has no adapters"),
+        ("export base out --lora nowhere", "--lora"),
+        ("export tuned out --lora adapters", "the model has adapters"),
         ("export tuned base --format peft", "holds a model"),
         ("export tuned adapters --format peft", "--overwrite"),
     ] {

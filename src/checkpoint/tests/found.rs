@@ -288,6 +288,7 @@ fn weights_in_other_formats_come_with_the_command_that_converts_them() {
     fs::write(dir.join("adapter_config.json"), adapter).unwrap();
     let message = error_of(&dir);
     assert!(
-        message.contains("a PEFT adapter for \"gpt2\"") && message.contains("merge_and_unload")
+        message.contains("adapters for \"gpt2\" as PEFT has them")
+            && message.contains("mxtrain export MODEL MERGED --lora")
     );
 }

@@ -129,7 +129,7 @@ fn what_is_no_file_is_refused_with_the_reason() {
     fs::remove_file(dir.join(MODEL)).unwrap();
     fs::remove_file(dir.join(INDEX)).unwrap();
     make_pipe(&dir.join("adapter_config.json"));
-    assert!(load(&dir).unwrap_err().to_string().contains("PEFT adapter"));
+    assert!(load(&dir).unwrap_err().to_string().contains("as PEFT has them"));
     make_pipe(&dir.join(INDEX));
     assert!(failure(&dir, INDEX).contains("found a pipe"));
 }

@@ -199,6 +199,8 @@ class Model(Handle):
         bits = lora_bits(layers)
         if not bits:
             raise ValueError(f"layers: expected some of {', '.join(LORA_LAYERS)}, got none")
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"alpha: expected a number above 0, got {alpha}")
         made = make("model", lib.mxt_model_with_lora, self, rank, alpha or 0.0, bits)
         return self._of(made, self)
 

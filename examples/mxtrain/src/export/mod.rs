@@ -61,6 +61,9 @@ pub(crate) fn run(args: &ExportArgs) -> Outcome<ExitCode> {
     let on_cpu = MachineArgs { threads: 0, device: "cpu".into() };
     let (engine, _) = machine::open(&on_cpu, 0)?;
     let mut model = load(&engine, &args.checkpoint)?;
+    if let Some(dir) = &args.lora {
+        model = model.load_lora(dir).map_err(|error| Failure::from(error).within("--lora"))?;
+    }
     if format == ExportFormat::Peft {
         write_adapters(args, &model)?;
         return Ok(ExitCode::SUCCESS);
