@@ -126,8 +126,10 @@ function store_of(files::AbstractDict)
         commit = function ()
             checkpoint = ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
             # Of a checkpoint before, nothing stays beside one; adapters are none.
-            if any(name -> haskey(fresh, name), checkpoint)
-                foreach(name -> delete!(files, name), checkpoint)
+            if haskey(fresh, "config.json")
+                for name in checkpoint
+                    delete!(files, name)
+                end
             end
             for (name, file) in fresh
                 files[name] = file.bytes
