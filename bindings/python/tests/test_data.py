@@ -1,6 +1,7 @@
 """Datasets, tensors, and arrays on their way in and out."""
 
 import ctypes
+import gc
 import weakref
 
 import numpy as np
@@ -87,6 +88,49 @@ class OnGpu:
             "version": 3,
             **instead,
         }
+
+
+class ByDLPack:
+    """An array that says it is on a GPU, by DLPack alone."""
+
+    def __init__(self, array):
+        self.array, self.streams = array, []
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+    def __dlpack__(self, stream=None):
+        self.streams.append(stream)
+        return self.array.__dlpack__()
+
+
+def test_dlpack_passes_its_pointer_too():
+    right = np.arange(12, dtype=np.uint32).reshape(3, 4)
+    for given in (right, right.view(np.int32)):
+        array = ByDLPack(given)
+        pointer, count = arrays.tokens("it", array, Place("cuda:0"), (3, 4))
+        assert int(arrays.ffi.cast("uintptr_t", pointer)) == right.ctypes.data and count == 12
+        assert array.streams == [-1]
+    array = ByDLPack(np.ones(3, np.float32))
+    assert arrays.floats("it", array, Place("cuda:0", 7))[1] == 3 and array.streams == [7]
+    with pytest.raises(ValueError, match=r"where the engine is \(cpu\)"):
+        arrays.tokens("it", ByDLPack(right), Place("cpu"))
+    with pytest.raises(TypeError, match="expected an array of <u4 or <i4, got <i8"):
+        arrays.tokens("it", ByDLPack(right.astype(np.int64)), Place("cuda:0"))
+    with pytest.raises(ValueError, match="C-contiguous"):
+        arrays.tokens("it", ByDLPack(right[:, ::2]), Place("cuda:0"))
+    with pytest.raises(ValueError, match="expected the shape"):
+        arrays.tokens("it", ByDLPack(right), Place("cuda:0"), (4, 3))
+    # What the pointer points to lives as long as it does.
+    alone = np.ones(3, np.float32)
+    gone = weakref.ref(alone)
+    pointer, _ = arrays.floats("it", ByDLPack(alone), Place("cuda:0"))
+    del alone
+    gc.collect()
+    assert gone() is not None
+    del pointer
+    gc.collect()
+    assert gone() is None
 
 
 def test_arrays_on_a_gpu_pass_their_pointer():

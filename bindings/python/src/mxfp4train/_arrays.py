@@ -1,11 +1,13 @@
 """Arrays on their way to the library: numpy's, what becomes numpy's, and arrays of a GPU.
 
 An array that is as C wants it is not copied. One on a GPU shows itself by
-`__cuda_array_interface__` (PyTorch's, CuPy's, JAX's, Numba's); its pointer is passed through.
+`__cuda_array_interface__` (PyTorch's, CuPy's, Numba's) or by DLPack alone (JAX's, TensorFlow's); its
+pointer is passed through.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
@@ -124,7 +126,10 @@ def cuda_pointer(
     writable: bool = False,
 ) -> tuple[Pointer, int] | None:
     """The pointer and the length of an array on a GPU; None where it is none."""
+    capsule = None
     interface = getattr(value, "__cuda_array_interface__", None)
+    if interface is None:
+        capsule, interface = of_dlpack(value, place)
     if interface is None:
         return None
     if not place.device.startswith("cuda"):
@@ -156,7 +161,54 @@ def cuda_pointer(
     pointer, read_only = interface["data"]
     if writable and read_only:
         raise ValueError(f"{what}: expected an array to write into, got one that is read-only")
-    return ffi.cast(kind, pointer), count
+    # The capsule keeps what the pointer points to.
+    return ffi.gc(ffi.cast(kind, pointer), lambda _, kept=capsule: None), count
+
+
+class _DLTensor(ctypes.Structure):
+    """DLPack's, which a managed tensor begins with."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+# CUDA's memory, and CUDA's managed memory.
+DLPACK_CUDA = (2, 13)
+
+
+def of_dlpack(value: Any, place: Place) -> tuple[Any, dict[str, Any] | None]:
+    """A capsule and what `__cuda_array_interface__` would say, of an array on a GPU by DLPack.
+
+    The producer is told the engine's stream where that is the program's; else it is asked to wait for
+    nothing, as the engine's own stream waits for no other one.
+    """
+    device = getattr(value, "__dlpack_device__", None)
+    if device is None or int(device()[0]) not in DLPACK_CUDA:
+        return None, None
+    capsule = value.__dlpack__(stream=-1 if place.stream is None else place.stream)
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    tensor = _DLTensor.from_address(pointer_of(capsule, b"dltensor"))
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    size = tensor.bits // 8 * tensor.lanes
+    strides = tuple(tensor.strides[i] * size for i in range(tensor.ndim)) if tensor.strides else None
+    letter = {0: "i", 1: "u", 2: "f"}.get(tensor.code, "V")
+    return capsule, {
+        "typestr": f"<{letter}{size}",
+        "shape": shape,
+        "strides": strides,
+        "data": ((tensor.data or 0) + tensor.byte_offset, False),
+    }
 
 
 def check_shape(what: str, shape: Sequence[int], expected: Sequence[int] | None) -> None:
