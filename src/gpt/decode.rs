@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::Shapes;
 use super::activations::{Activations, Beside};
 use super::params::{Linear, ParamTable};
-use super::pass::Pass;
+use super::pass::{Pass, around_adapter};
 use crate::Result;
 use crate::backend::{
     AttentionShape, Backend, Decode, DecoderWeights, Epilogue, HeadShape, LinearForward,
@@ -150,10 +150,7 @@ impl<B: Backend + Decode> Pass<'_, B> {
         epilogue: Epilogue<'_, B>,
     ) {
         let (number, shapes) = (layer.number as usize, self.shapes());
-        let (epilogue, behind) = match layer.adapter {
-            Some(_) => (Epilogue::None, epilogue),
-            None => (epilogue, Epilogue::None),
-        };
+        let [epilogue, behind] = around_adapter(layer, epilogue);
         let [w, b] = [layer.w, layer.b].map(|slot| self.param(slot));
         let operands = LinearForward { y: &mut *y, x, w, b, mean: None, epilogue, turned: None };
         let (packed, shape) = (&packed[number], shapes.linears()[number]);

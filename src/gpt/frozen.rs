@@ -54,6 +54,8 @@ impl Frozen {
         Ok(slots)
     }
 
+    /// Checks the patterns against the parameters of a model.
+    ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a pattern that fits no name, and where nothing is left to train;
     /// [`Error::OutOfMemory`].

@@ -21,6 +21,17 @@ use crate::backend::{
 };
 use crate::formats::{LINEARS, LinearRecipe, Random, projections};
 
+/// What a layer's result passes through at once, and what behind its adapter, which comes first.
+pub(super) fn around_adapter<B: Backend>(
+    layer: Linear,
+    epilogue: Epilogue<'_, B>,
+) -> [Epilogue<'_, B>; 2] {
+    match layer.adapter {
+        Some(_) => [Epilogue::None, epilogue],
+        None => [epilogue, Epilogue::None],
+    }
+}
+
 /// What one pass over a batch works with.
 pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) backend: &'a B,
@@ -526,11 +537,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         epilogue: Epilogue<'_, B>,
     ) {
         let (number, Beside { turned, low }) = (layer.number as usize, beside);
-        // What an adapter adds comes before what a layer's result passes through.
-        let (epilogue, behind) = match layer.adapter {
-            Some(_) => (Epilogue::None, epilogue),
-            None => (epilogue, Epilogue::None),
-        };
+        let [epilogue, behind] = around_adapter(layer, epilogue);
         let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
         let mean = self.mean(block, layer);
         let turned = turned.get_mut(block).filter(|_| self.trains);
