@@ -3,19 +3,19 @@
 //!
 //! PEFT names tensors by the modules of the model that it wraps, `base_model.model.` and our name.
 //! Which layers are adapted is read from the tensors, not from `target_modules`, in which one word
-//! may stand for several layers and be a pattern.
+//! may stand for several layers and be a pattern; a list there is only checked to have them all, as
+//! PEFT leaves out what it does not have.
 
-use std::fs::File;
+use std::collections::{HashMap, HashSet};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde_json::{Map, Value, json};
 
-use super::files::{Files, NewFiles, OpenFile, Place};
+use super::files::{Files, OpenFile, Place};
 use super::tensors::{self, FLOATS, TensorFile};
-use super::{TensorRead, folder, name_all, of_set, read_json};
+use super::{TensorRead, cannot_open, folder, in_place, name_all, read_json, room_for_headers};
 use crate::gpt::{Lora, ModelConfig, TensorInfo};
-use crate::signals::file_limit_is_an_error;
 use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
@@ -29,26 +29,13 @@ const PREFIX: &str = "base_model.model.";
 /// # Errors
 /// As of `save` beside.
 pub(crate) fn save(place: Place<'_>, lora: &Lora, adapters: &dyn TensorRead) -> Result<()> {
-    match place {
-        Place::Folder(dir) => file_limit_is_an_error(|| {
-            folder::replace(dir, &[CONFIG, TENSORS], TENSORS, |new| {
-                write_files(&mut NewFiles::Folder(new), lora, adapters)
-            })
-        }),
-        Place::Files(files) => {
-            let mut new = NewFiles::Host(files.save().map_err(of_set("begin a save in"))?);
-            write_files(&mut new, lora, adapters)?;
-            let NewFiles::Host(save) = new else { return Ok(()) };
-            save.commit().map_err(of_set("commit a save in"))
-        }
-    }
-}
-
-fn write_files(new: &mut NewFiles<'_>, lora: &Lora, adapters: &dyn TensorRead) -> Result<()> {
-    new.put(CONFIG, to_json(lora).as_bytes())?;
-    let named = name_all(adapters, |name| format!("{PREFIX}{name}"));
-    tensors::write(new, TENSORS, &named, &[("format", "pt".into())])?;
-    Ok(())
+    let _spare = room_for_headers(adapters.tensors().iter())?;
+    place.replace(&[CONFIG, TENSORS], TENSORS, |new| {
+        new.put(CONFIG, to_json(lora).as_bytes())?;
+        let named = name_all(adapters, |name| format!("{PREFIX}{name}"));
+        tensors::write(new, TENSORS, &named, &[("format", "pt".into())])?;
+        Ok(())
+    })
 }
 
 fn to_json(lora: &Lora) -> String {
@@ -95,13 +82,13 @@ impl<'a> AdapterFiles<'a> {
     /// [`Error::Io`]; [`Error::Format`] for what is no such folder or has adapters of another kind;
     /// [`Error::Mismatch`] for those of another model.
     pub(crate) fn open(dir: &Path, model: &ModelConfig) -> Result<Self> {
+        let folder = folder::open_folder(dir).map_err(Error::io("open", dir))?;
         Self::open_by(model, |name| {
             let path = dir.join(name);
-            // Without NONBLOCK a pipe of this name would wait for its writer.
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-            let file = openat(CWD, &path, flags, Mode::empty());
-            let file = file.map_err(|errno| Error::io("open", &path)(errno.into()))?;
-            Ok((path, OpenFile::Disk(File::from(file))))
+            let file = in_place::open_file(&folder, name).map_err(|e| cannot_open(&path, e))?;
+            let none = || Error::io("open", &path)(io::ErrorKind::NotFound.into());
+            let file = OpenFile::Disk(file.ok_or_else(none)?);
+            Ok((path, file))
         })
     }
 
@@ -130,8 +117,7 @@ impl<'a> AdapterFiles<'a> {
             Ok::<_, Error>((path, file))
         };
         let (config, text) = open(CONFIG)?;
-        let text = read_json(&config, &text)?;
-        let (rank, alpha) = parse(&config, &text)?;
+        let Settings { rank, alpha, targets } = parse(&config, &read_json(&config, &text)?)?;
         let (path, file) = open(TENSORS)?;
         let layers = layers_of(&TensorFile::open(&path, &file)?);
         if layers == [false; 4] {
@@ -141,7 +127,7 @@ impl<'a> AdapterFiles<'a> {
             );
             return Err(Error::format(&path, message));
         }
-        check_targets(&config, &text, layers)?;
+        check_targets(&config, &targets, layers)?;
         let lora = Lora { rank, alpha, layers };
         lora.validate().map_err(|error| Error::format(&config, error.to_string()))?;
         let adapted = ModelConfig { lora: Some(lora), ..model.clone() };
@@ -176,14 +162,15 @@ impl<'a> AdapterFiles<'a> {
     ) -> Result<()> {
         let file = TensorFile::open(&self.path, &self.file)?;
         let names = file.names();
+        // By the names that the model has.
         let ours = |name: &str| name.strip_prefix(PREFIX).map(whole_name);
-        file.check_surplus(|name| {
-            ours(name).is_some_and(|name| tensors.iter().any(|tensor| tensor.name == name))
-        })?;
+        let by_ours: HashMap<_, _> =
+            names.iter().filter_map(|name| Some((ours(name)?, name))).collect();
+        let known: HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        file.check_surplus(|name| ours(name).is_some_and(|name| known.contains(name.as_str())))?;
         let mut values = Vec::new();
         for (index, tensor) in tensors.iter().enumerate() {
-            let name = names.iter().find(|name| ours(name).is_some_and(|n| n == tensor.name));
-            let Some(name) = name else {
+            let Some(name) = by_ours.get(&tensor.name) else {
                 let message = format!(
                     "tensor {PREFIX}{}: missing; every block has the same adapters",
                     tensor.name
@@ -212,35 +199,41 @@ fn layers_of(file: &TensorFile<'_>) -> [bool; 4] {
     })
 }
 
-/// An error where PEFT would leave out layers that have tensors.
-fn check_targets(path: &Path, text: &[u8], layers: [bool; 4]) -> Result<()> {
-    let Ok(object) = serde_json::from_slice::<Map<String, Value>>(text) else { return Ok(()) };
-    // A text is a pattern or "all-linear".
-    let Some(targets) = object.get("target_modules").and_then(Value::as_array) else {
-        return Ok(());
-    };
-    let is_target = |layer: &str| {
-        targets.iter().filter_map(Value::as_str).any(|target| {
-            layer == target || layer.strip_suffix(target).is_some_and(|rest| rest.ends_with('.'))
-        })
-    };
-    // Longer names are of single modules, which PEFT has found.
-    let is_plain = targets.iter().filter_map(Value::as_str).all(|name| !name.contains("h."));
-    let adapted = Lora::LAYERS.into_iter().zip(layers).filter(|(_, is)| *is);
-    for (layer, _) in adapted.filter(|_| is_plain) {
-        if !is_target(layer) {
-            let message = format!(
-                "target_modules: expected {layer}, of which the file of tensors has adapters, found {}",
-                Value::Array(targets.clone())
-            );
-            return Err(Error::format(path, message));
-        }
-    }
-    Ok(())
+/// What a configuration says of adapters.
+struct Settings {
+    rank: usize,
+    alpha: f32,
+    /// Modules that have one; empty where a text names them, a pattern or "all-linear".
+    targets: Vec<String>,
 }
 
-/// Rank and alpha, where nothing else than LoRA itself is asked for.
-fn parse(path: &Path, text: &[u8]) -> Result<(usize, f32)> {
+/// An error where PEFT would leave out layers that have tensors.
+fn check_targets(path: &Path, targets: &[String], layers: [bool; 4]) -> Result<()> {
+    // Those of single blocks are modules that PEFT has found itself.
+    if targets.is_empty() || targets.iter().any(|target| target.contains("h.")) {
+        return Ok(());
+    }
+    let is_target = |layer: &str| {
+        targets.iter().filter_map(|target| layer.strip_suffix(target.as_str())).any(|rest| {
+            // A whole name, or what is behind a point of it.
+            rest.is_empty() || rest.ends_with('.')
+        })
+    };
+    let adapted = Lora::LAYERS.into_iter().zip(layers).filter(|(_, is)| *is);
+    match adapted.map(|(layer, _)| layer).find(|layer| !is_target(layer)) {
+        None => Ok(()),
+        Some(layer) => {
+            let message = format!(
+                "target_modules: expected {layer}, of which the file of tensors has adapters, found \
+                 {targets:?}"
+            );
+            Err(Error::format(path, message))
+        }
+    }
+}
+
+/// What a configuration says, where nothing else than LoRA itself is asked for.
+fn parse(path: &Path, text: &[u8]) -> Result<Settings> {
     let object: Map<String, Value> = serde_json::from_slice(text)
         .map_err(|e| Error::format(path, format!("expected a JSON object: {e}")))?;
     let error = |key: &str, expected: &str| {
@@ -299,9 +292,11 @@ fn parse(path: &Path, text: &[u8]) -> Result<(usize, f32)> {
         Some(Value::Number(number)) => number.to_string().parse().ok(),
         _ => None,
     };
+    let targets = object.get("target_modules").and_then(Value::as_array).into_iter().flatten();
+    let targets = targets.filter_map(Value::as_str).map(str::to_owned).collect();
     match (rank, alpha) {
         (None, _) => Err(error("r", "a whole number")),
         (_, None) => Err(error("lora_alpha", "a number")),
-        (Some(rank), Some(alpha)) => Ok((rank, alpha)),
+        (Some(rank), Some(alpha)) => Ok(Settings { rank, alpha, targets }),
     }
 }

@@ -15,8 +15,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::folder::attempt;
+use super::folder::{self, attempt};
 use super::{FILES, not_a_file};
+use crate::signals::file_limit_is_an_error;
 use crate::{Error, Result};
 
 /// A set of named files that a checkpoint is loaded from and saved to, in place of a folder.
@@ -98,6 +99,34 @@ pub trait FileSave {
 pub(crate) enum Place<'a> {
     Folder(&'a Path),
     Files(&'a mut dyn Files),
+}
+
+impl Place<'_> {
+    /// Replaces files by those that `write` writes, all at once or none; of a folder those are `owned`,
+    /// as [`folder::replace`] has it.
+    ///
+    /// # Errors
+    /// As [`folder::replace`]; [`Error::Io`] of files that lie elsewhere.
+    pub(super) fn replace(
+        self,
+        owned: &[&str],
+        mark: &str,
+        write: impl Fn(&mut NewFiles<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let of_set = |action| Error::io(action, Path::new("the host's files"));
+        match self {
+            // NOTE: of a host's own files, a signal that it asked for is the host's.
+            Self::Folder(dir) => file_limit_is_an_error(|| {
+                folder::replace(dir, owned, mark, |new| write(&mut NewFiles::Folder(new)))
+            }),
+            Self::Files(files) => {
+                let mut new = NewFiles::Host(files.save().map_err(of_set("begin a save in"))?);
+                write(&mut new)?;
+                let NewFiles::Host(save) = new else { return Ok(()) };
+                save.commit().map_err(of_set("commit a save in"))
+            }
+        }
+    }
 }
 
 /// Files in memory, by name.

@@ -37,7 +37,6 @@ use crate::optim::State;
 use crate::optim::moments::{E4m3, F16, GROUP, is_tensor_scale};
 use crate::reserve::{self, Spare};
 use crate::run::TrainerState;
-use crate::signals::file_limit_is_an_error;
 use crate::{Error, Result};
 pub(crate) use adapter::{AdapterFiles, save as save_adapters};
 pub(crate) use config::FoundConfig;
@@ -186,25 +185,7 @@ pub(crate) fn save(
     let tensors = states.chain(others).chain([weights]).flat_map(TensorRead::tensors);
     let _spare = room_for_headers(tensors)?;
     let model = ModelPart { config, found, weights, stored };
-    match place {
-        // NOTE: of a host's own files, a signal that it asked for is the host's.
-        Place::Folder(dir) => file_limit_is_an_error(|| {
-            folder::replace(dir, &FILES, MODEL, |new| {
-                write_files(&mut NewFiles::Folder(new), &model, trainer.as_ref())
-            })
-        }),
-        Place::Files(files) => {
-            let mut new = NewFiles::Host(files.save().map_err(of_set("begin a save in"))?);
-            write_files(&mut new, &model, trainer.as_ref())?;
-            let NewFiles::Host(save) = new else { return Ok(()) };
-            save.commit().map_err(of_set("commit a save in"))
-        }
-    }
-}
-
-/// An error of a set of files.
-fn of_set(action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
-    Error::io(action, Path::new("the host's files"))
+    place.replace(&FILES, MODEL, |new| write_files(new, &model, trainer.as_ref()))
 }
 
 /// Writes the files of a model that is named as it is stored.
