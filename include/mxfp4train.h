@@ -2126,6 +2126,14 @@ mxt_status mxt_trainer_scale_gradients(struct mxt_trainer *trainer,
                                        const char *tensor,
                                        float factor);
 
+// Stores 1 in `*is_trained` where a tensor is trained, so that it has a gradient, and 0 where it is
+// frozen or beside adapters.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_BUSY.
+mxt_status mxt_trainer_is_trained(struct mxt_trainer *trainer,
+                                  const char *tensor,
+                                  int32_t *is_trained);
+
 // Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape
 // that mxt_model_tensor_info gives: of the last step, before clipping; or, where batches wait for
 // an update, of their loss so far (of this rank, and of its last lane). Gradients that were

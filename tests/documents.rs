@@ -1,9 +1,13 @@
 //! Documents that are packed into the sequences of a batch: each is as if it were alone, to the bit on
 //! the CPU, and within what sums may differ by on a GPU.
 
+#[path = "common/engines.rs"]
+mod engines;
+
+use engines::{engines, is_gpu};
 use mxfp4train::{
-    Batch, Dataset, Engine, EngineOptions, Error, HostLoss, IGNORED, LogitRows, Model, ModelConfig,
-    Result, Trainer, TrainerOptions,
+    Batch, Dataset, Engine, Error, HostLoss, IGNORED, LogitRows, Model, ModelConfig, Result,
+    Trainer, TrainerOptions,
 };
 
 const VOCAB: usize = 61;
@@ -11,20 +15,6 @@ const VOCAB: usize = 61;
 const T: usize = 200;
 /// What ends a document below.
 const END: u32 = 60;
-
-fn engines() -> Vec<Engine> {
-    let of = |device: &str| EngineOptions { device: device.into(), ..EngineOptions::default() };
-    let mut engines = vec![Engine::new(of("cpu")).unwrap()];
-    match Engine::new(of("cuda")) {
-        Ok(engine) => engines.push(engine),
-        Err(error) => println!("skipped: no GPU: {error}"),
-    }
-    engines
-}
-
-fn is_gpu(engine: &Engine) -> bool {
-    engine.device().starts_with("cuda")
-}
 
 fn model(engine: &Engine) -> Model {
     let config = ModelConfig {

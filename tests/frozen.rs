@@ -1,5 +1,8 @@
 //! Frozen tensors stay as they are to the bit, take nothing, and change nothing of how all others move.
 
+#[path = "common/engines.rs"]
+#[allow(dead_code, reason = "not all tests need all of it")]
+mod engines;
 #[path = "common/ranks.rs"]
 mod ranks;
 
@@ -7,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use engines::engines;
 use mxfp4train::{
     Dataset, Engine, EngineOptions, Error, Frozen, Model, ModelConfig, Optimizer, Schedule,
     Trainer, TrainerOptions, plan,
@@ -22,16 +26,6 @@ fn config() -> ModelConfig {
         channels: 64,
         ..ModelConfig::default()
     }
-}
-
-fn engines() -> Vec<Engine> {
-    let of = |device: &str| EngineOptions { device: device.into(), ..EngineOptions::default() };
-    let mut engines = vec![Engine::new(of("cpu")).unwrap()];
-    match Engine::new(of("cuda")) {
-        Ok(engine) => engines.push(engine),
-        Err(error) => println!("skipped: no GPU: {error}"),
-    }
-    engines
 }
 
 fn data() -> Dataset {

@@ -1,34 +1,24 @@
 //! Adapters beside linear layers: what PEFT makes of the same (see tests/oracle/README.md;
 //! `MXT_LORA_ORACLE` names another folder), weights that stay to the bit, files.
 
+#[path = "common/engines.rs"]
+mod engines;
+#[path = "common/expected.rs"]
+mod expected;
 #[path = "common/ranks.rs"]
 mod ranks;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use engines::{engines, is_gpu};
+use expected::{read, relative_error};
 use mxfp4train::{
-    Batch, Dataset, Engine, EngineOptions, Error, GenerateOptions, IGNORED, Lora, MemoryFiles,
-    Model, ModelConfig, Optimizer, Recipe, Recompute, Schedule, StoredWeights, Trainer,
-    TrainerOptions, plan,
+    Batch, Dataset, Engine, Error, GenerateOptions, IGNORED, Lora, MemoryFiles, Model, ModelConfig,
+    Optimizer, Recipe, Recompute, Schedule, StoredWeights, Trainer, TrainerOptions, plan,
 };
 use ranks::on_sharded_engines;
-use safetensors::{Dtype, SafeTensors};
-
-fn engines() -> Vec<Engine> {
-    let of = |device: &str| EngineOptions { device: device.into(), ..EngineOptions::default() };
-    let mut engines = vec![Engine::new(of("cpu")).unwrap()];
-    match Engine::new(of("cuda")) {
-        Ok(engine) => engines.push(engine),
-        Err(error) => println!("skipped: no GPU: {error}"),
-    }
-    engines
-}
-
-fn is_gpu(engine: &Engine) -> bool {
-    engine.device().starts_with("cuda")
-}
 
 fn config() -> ModelConfig {
     ModelConfig {
@@ -83,28 +73,6 @@ fn moved(model: &Model) {
             (0..info.len()).map(|i| ((i * 7 + 3) % 11) as f32 * 0.2 - 1.0).collect();
         model.write_tensor(&info.name, &values).unwrap();
     }
-}
-
-/// Tensors of a file as f64.
-fn read(path: PathBuf) -> HashMap<String, Vec<f64>> {
-    let bytes = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let values = |view: &safetensors::tensor::TensorView<'_>| -> Vec<f64> {
-        let words = view.data().as_chunks::<4>().0.iter();
-        match view.dtype() {
-            Dtype::F32 => words.map(|w| f64::from(f32::from_le_bytes(*w))).collect(),
-            Dtype::I32 => words.map(|w| f64::from(i32::from_le_bytes(*w))).collect(),
-            other => panic!("dtype {other:?}"),
-        }
-    };
-    tensors.iter().map(|(name, view)| (name.to_owned(), values(&view))).collect()
-}
-
-fn relative_error(ours: &[f32], exact: &[f64]) -> f64 {
-    assert_eq!(ours.len(), exact.len());
-    let off: f64 = ours.iter().zip(exact).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
-    let error = (off / exact.iter().map(|b| b * b).sum::<f64>().max(1e-300)).sqrt();
-    if error.is_nan() { f64::INFINITY } else { error }
 }
 
 #[test]

@@ -2,36 +2,26 @@
 //! transformers make of them (see tests/oracle/README.md; `MXT_LOSS_ORACLE` names another folder), and
 //! the bits of whole steps.
 
+#[path = "common/engines.rs"]
+mod engines;
+#[path = "common/expected.rs"]
+mod expected;
 #[path = "common/ranks.rs"]
 mod ranks;
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 
+use engines::{engines, is_gpu};
+use expected::{read, relative_error};
 use mxfp4train::{
-    Batch, Dataset, Engine, EngineOptions, Error, HostLoss, IGNORED, LogitRows, Model, ModelConfig,
-    Result, Schedule, StepStats, Trainer, TrainerOptions,
+    Batch, Dataset, Engine, Error, HostLoss, IGNORED, LogitRows, Model, ModelConfig, Result,
+    Schedule, StepStats, Trainer, TrainerOptions,
 };
 use ranks::on_engines;
-use safetensors::{Dtype, SafeTensors};
 
 const VOCAB: usize = 61;
 /// Of the models below.
 const T: usize = 16;
-
-fn engines() -> Vec<Engine> {
-    let of = |device: &str| EngineOptions { device: device.into(), ..EngineOptions::default() };
-    let mut engines = vec![Engine::new(of("cpu")).unwrap()];
-    match Engine::new(of("cuda")) {
-        Ok(engine) => engines.push(engine),
-        Err(error) => println!("skipped: no GPU: {error}"),
-    }
-    engines
-}
-
-fn is_gpu(engine: &Engine) -> bool {
-    engine.device().starts_with("cuda")
-}
 
 fn trainer(engine: &Engine, options: TrainerOptions) -> Trainer {
     let config = ModelConfig {
@@ -91,28 +81,6 @@ fn add(trainer: &mut Trainer, windows: &[u32], weighted: bool) -> Result<()> {
     let weights = weighted.then_some(&ones[..]);
     let batch = Batch { tokens: &tokens, targets: &targets, weights, ..Batch::default() };
     trainer.forward_backward(batch, None)
-}
-
-/// Tensors of a file as f64.
-fn read(path: PathBuf) -> HashMap<String, Vec<f64>> {
-    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let values = |view: &safetensors::tensor::TensorView<'_>| -> Vec<f64> {
-        let words = view.data().as_chunks::<4>().0.iter();
-        match view.dtype() {
-            Dtype::F32 => words.map(|w| f64::from(f32::from_le_bytes(*w))).collect(),
-            Dtype::I32 => words.map(|w| f64::from(i32::from_le_bytes(*w))).collect(),
-            other => panic!("dtype {other:?}"),
-        }
-    };
-    tensors.iter().map(|(name, view)| (name.to_owned(), values(&view))).collect()
-}
-
-fn relative_error(ours: &[f32], exact: &[f64]) -> f64 {
-    assert_eq!(ours.len(), exact.len());
-    let off: f64 = ours.iter().zip(exact).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
-    let error = (off / exact.iter().map(|b| b * b).sum::<f64>().max(1e-300)).sqrt();
-    if error.is_nan() { f64::INFINITY } else { error }
 }
 
 /// Mean cross-entropy with label smoothing, as a host writes it.

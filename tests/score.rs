@@ -1,6 +1,11 @@
 //! Texts scored by a model alone: against the logits of every prefix, against a trainer's loss, and
 //! against themselves in other company.
 
+#[path = "common/engines.rs"]
+#[allow(dead_code, reason = "not all tests need all of it")]
+mod engines;
+
+use engines::engines;
 use mxfp4train::{
     Dataset, DecoderWeights, Engine, EngineOptions, Error, Model, ModelConfig, Trainer,
     TrainerOptions,
@@ -15,16 +20,6 @@ fn config() -> ModelConfig {
         channels: 36,
         ..ModelConfig::default()
     }
-}
-
-fn engines() -> Vec<Engine> {
-    let of = |device: &str| EngineOptions { device: device.into(), ..EngineOptions::default() };
-    let mut engines = vec![Engine::new(of("cpu")).unwrap()];
-    match Engine::new(of("cuda")) {
-        Ok(engine) => engines.push(engine),
-        Err(error) => println!("skipped: no GPU: {error}"),
-    }
-    engines
 }
 
 /// A model whose weights are large enough for logits that differ.

@@ -1588,6 +1588,13 @@ class Trainer {
     return detail::finish(mxt_trainer_scale_gradients(get(), tensor.c_str(), factor));
   }
 
+  // Whether a tensor is trained, so that it has a gradient.
+  outcome<bool> is_trained(const std::string &tensor) {
+    std::int32_t is_trained = 0;
+    const mxt_status status = mxt_trainer_is_trained(get(), tensor.c_str(), &is_trained);
+    return detail::finish(status, is_trained != 0);
+  }
+
   // Copies the gradient of a tensor into `values`, row-major, which must have room for exactly its
   // elements: that of the last step, or that which waits for an update.
   outcome<void> read_gradient(const std::string &tensor, view<float> values) {

@@ -354,6 +354,27 @@ pub unsafe extern "C" fn mxt_trainer_scale_gradients(
     }
 }
 
+/// Stores 1 in `*is_trained` where a tensor is trained, so that it has a gradient, and 0 where it is
+/// frozen or beside adapters.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_is_trained(
+    trainer: *mut mxt_trainer,
+    tensor: *const c_char,
+    is_trained: *mut i32,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_is_trained", trainer, |trainer| {
+            let out = arguments::place("is_trained", is_trained)?;
+            let tensor = arguments::text("tensor", tensor)?;
+            out.put(trainer.exclusive(|trainer| Ok(trainer.is_trained(&tensor)?))?.into());
+            Ok(())
+        })
+    }
+}
+
 /// Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape
 /// that mxt_model_tensor_info gives: of the last step, before clipping; or, where batches wait for
 /// an update, of their loss so far (of this rank, and of its last lane). Gradients that were

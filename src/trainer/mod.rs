@@ -875,7 +875,7 @@ impl Trainer {
                            next batch or step";
             return Err(Error::invalid("trainer", message));
         }
-        self.check_trained(index, name)?;
+        self.check_trained(name)?;
         let factor = self.read_factor()?;
         on_device!(&self.run, run => {
             let Flat { owned, exchange, .. } = &run.buffers.flat;

@@ -368,7 +368,7 @@ impl Trainer {
             None => all,
             Some(name) => {
                 let number = self.model.number_of(name)?;
-                self.check_trained(number, name)?;
+                self.check_trained(name)?;
                 number..number + 1
             }
         };
@@ -393,7 +393,7 @@ impl Trainer {
     /// that wait are not above 0 together; [`Error::Unsupported`] as for [`Trainer::scale_gradients`].
     pub fn write_gradient(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let index = self.model.index_of(name, values.len())?;
-        self.check_trained(index, name)?;
+        self.check_trained(name)?;
         if let Some((i, value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             let what = format!("element {i} of the gradient of {name}");
             return Err(Error::NotFinite { what, value: *value });
@@ -423,9 +423,18 @@ impl Trainer {
         Err(bad_divisor(divisor, nominal))
     }
 
+    /// Whether a tensor is trained, so that it has a gradient: neither frozen nor beside adapters.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`].
+    pub fn is_trained(&self, name: &str) -> Result<bool> {
+        let index = self.model.number_of(name)?;
+        Ok(on_device!(&self.run, run => run.buffers.flat.slots[index].len > 0))
+    }
+
     /// An error where this tensor has no gradient.
-    pub(super) fn check_trained(&self, index: usize, name: &str) -> Result<()> {
-        if on_device!(&self.run, run => run.buffers.flat.slots[index].len > 0) {
+    pub(super) fn check_trained(&self, name: &str) -> Result<()> {
+        if self.is_trained(name)? {
             return Ok(());
         }
         let message = format!("{name} is frozen, so that it has no gradient");

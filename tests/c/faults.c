@@ -361,6 +361,9 @@ int main(int argc, char **argv) {
   TRAINER_PANICS(mxt_trainer_update(trainer, &stats));
   TRAINER_PANICS(mxt_trainer_zero_gradients(trainer));
   TRAINER_PANICS(mxt_trainer_scale_gradients(trainer, NULL, 1.0f));
+  int32_t is_trained = 77;
+  TRAINER_PANICS(mxt_trainer_is_trained(trainer, "transformer.ln_f.bias", &is_trained));
+  CHECK(is_trained == 77);
   TRAINER_PANICS(mxt_trainer_read_gradient(trainer, "transformer.ln_f.bias", values, 16));
   TRAINER_PANICS(mxt_trainer_write_gradient(trainer, "transformer.ln_f.bias", values, 16));
   TRAINER_PANICS(mxt_trainer_eval(trainer, dataset, 1, &eval));

@@ -33,6 +33,13 @@ static void adapters(const mxt_engine *engine, const mxt_dataset *dataset, const
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "frozen",
         mxt_trainer_read_gradient(trainer, QKV, gradient, QKV_COUNT));
   OK(mxt_trainer_read_gradient(trainer, A, gradient, A_COUNT));
+  int32_t is_trained = 7;
+  OK(mxt_trainer_is_trained(trainer, A, &is_trained));
+  CHECK(is_trained == 1);
+  OK(mxt_trainer_is_trained(trainer, QKV, &is_trained));
+  CHECK(is_trained == 0);
+  FAILS(MXT_ERROR_NO_SUCH_TENSOR, "no.such",
+        mxt_trainer_is_trained(trainer, "no.such", &is_trained));
   OK(mxt_model_tensor_read(base, QKV, before, QKV_COUNT));
   OK(mxt_model_tensor_read(adapted, QKV, after, QKV_COUNT));
   CHECK(memcmp(before, after, sizeof before) == 0);
@@ -79,7 +86,7 @@ static void adapters(const mxt_engine *engine, const mxt_dataset *dataset, const
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "adapters", mxt_model_load_lora(adapted, adapter, &none));
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "adapters", mxt_model_merge_lora(base, &none));
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "adapters", mxt_model_save_lora(base, adapter));
-  FAILS(MXT_ERROR_IO, "adapter_config.json",
+  FAILS(MXT_ERROR_IO, "nowhere",
         mxt_model_load_lora(base, in_folder(folder, "nowhere"), &none));
   CHECK(none == NULL);
   config = small_config();

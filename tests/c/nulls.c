@@ -243,6 +243,10 @@ int main(void) {
   IS_NULL("trainer", mxt_trainer_update(NULL, NULL));
   IS_NULL("trainer", mxt_trainer_zero_gradients(NULL));
   IS_NULL("trainer", mxt_trainer_scale_gradients(NULL, "x", 1.0f));
+  int32_t is_trained = 0;
+  IS_NULL("trainer", mxt_trainer_is_trained(NULL, "x", &is_trained));
+  IS_NULL("tensor", mxt_trainer_is_trained(trainer, NULL, &is_trained));
+  IS_NULL("is_trained", mxt_trainer_is_trained(trainer, "x", NULL));
   IS_NULL("trainer", mxt_trainer_read_gradient(NULL, "x", gradient, 16));
   IS_NULL("tensor", mxt_trainer_read_gradient(trainer, NULL, gradient, 16));
   IS_NULL("values", mxt_trainer_read_gradient(trainer, "transformer.ln_f.bias", NULL, 16));

@@ -2997,6 +2997,22 @@ function mxt_trainer_scale_gradients(trainer, tensor, factor)
 end
 
 """
+    mxt_trainer_is_trained(trainer, tensor, is_trained)
+
+Stores 1 in `*is_trained` where a tensor is trained, so that it has a gradient, and 0 where it is
+frozen or beside adapters.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_BUSY.
+"""
+function mxt_trainer_is_trained(trainer, tensor, is_trained)
+    return @ccall libmxfp4train.mxt_trainer_is_trained(
+        trainer::Ptr{mxt_trainer},
+        tensor::Cstring,
+        is_trained::Ptr{Int32}
+    )::mxt_status
+end
+
+"""
     mxt_trainer_read_gradient(trainer, tensor, values, count)
 
 Copies the gradient of a tensor to `values`, which has room for `count` numbers, in the shape

@@ -220,7 +220,8 @@ end
 
 The gradients as a dictionary from names to arrays, to be used as that of [`tensors`](@ref), with arrays
 of the same sizes: those of the last step, before clipping; or, where batches wait for an update, those
-of their loss so far (of this rank, and of its last lane).
+of their loss so far (of this rank, and of its last lane). Frozen tensors have none, and beside adapters
+nothing else has.
 
     forward_backward!(trainer, tokens, targets)
     gradients(trainer)["transformer.wte.weight"]           # a copy, channels × vocabulary
@@ -238,6 +239,13 @@ function gradients(trainer::Trainer)
     finally
         close(model)
     end
+end
+
+# Whether a trainer has a gradient of a tensor.
+function has_values(trainer::Trainer, name)
+    is_trained = Ref(Int32(0))
+    call(() -> Lib.mxt_trainer_is_trained(trainer, name, is_trained), trainer)
+    return is_trained[] != 0
 end
 
 function read_values(trainer::Trainer, name::AbstractString, values::Array{Float32})

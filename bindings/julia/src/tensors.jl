@@ -44,6 +44,7 @@ struct Tensors <: AbstractDict{String,Array{Float32}}
                 status == Lib.MXT_OK && (name[] = unsafe_string(info[].name))
                 return status
             end
+            has_values(source, name[]) || continue
             shape = info[].shape
             push!(names, name[])
             sizes[name[]] = reverse(ntuple(i -> Int(shape[i]), Int(info[].rank)))
@@ -51,6 +52,8 @@ struct Tensors <: AbstractDict{String,Array{Float32}}
         return new(source, names, sizes)
     end
 end
+
+has_values(::Model, name) = true
 
 function Base.getindex(weights::Tensors, name::AbstractString)
     haskey(weights, name) || throw(KeyError(name))

@@ -284,7 +284,8 @@ IS_WHOLE && @testset "adapters and frozen tensors" begin
     before = tensors(base)[name]
     step!(frozen, data)
     @test tensors(base)[name] == before && options(frozen).frozen == "transformer.h.*"
-    @test status_of(() -> gradients(frozen)[name]) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    @test !haskey(gradients(frozen), name) && haskey(gradients(frozen), WTE)
+    @test length(collect(gradients(frozen))) == length(gradients(frozen)) > 0
 end
 
 IS_WHOLE && @testset "dataset" begin

@@ -613,6 +613,9 @@ mxt_status mxt_trainer_zero_gradients(struct mxt_trainer *trainer);
 mxt_status mxt_trainer_scale_gradients(struct mxt_trainer *trainer,
                                        const char *tensor,
                                        float factor);
+mxt_status mxt_trainer_is_trained(struct mxt_trainer *trainer,
+                                  const char *tensor,
+                                  int32_t *is_trained);
 mxt_status mxt_trainer_read_gradient(struct mxt_trainer *trainer,
                                      const char *tensor,
                                      float *values,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from fnmatch import fnmatchcase
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -456,11 +455,10 @@ class Trainer(Handle):
             gradients = Tensors(
                 self, model, lib.mxt_trainer_read_gradient, lib.mxt_trainer_write_gradient
             )
-            has_adapters = model.config.lora_rank > 0
-        frozen = [pattern.strip() for pattern in (self.options.frozen or "").split(",")]
+        is_trained = ffi.new("int32_t *")
         for name in list(gradients.shapes):
-            is_beside = has_adapters and ".lora_" not in name
-            if is_beside or any(fnmatchcase(name, pattern) for pattern in frozen):
+            call(lib.mxt_trainer_is_trained, self, text("name", name), is_trained)
+            if not is_trained[0]:
                 del gradients.shapes[name]
         return gradients
 
