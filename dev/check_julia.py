@@ -44,7 +44,8 @@ JULIA_OF_C = {
     "size_t": "Csize_t", "uint64_t": "UInt64", "uint32_t": "UInt32", "int32_t": "Int32",
     "float": "Cfloat", "double": "Cdouble", "void": "Cvoid", "char *": "Cstring",
     "void *": "Ptr{Cvoid}", "char * *": "Ptr{Cstring}", "float *": "Ptr{Cfloat}",
-    "uint32_t *": "Ptr{UInt32}", "size_t *": "Ptr{Csize_t}", "uint64_t *": "Ptr{UInt64}",
+    "int32_t *": "Ptr{Int32}", "uint32_t *": "Ptr{UInt32}", "size_t *": "Ptr{Csize_t}",
+    "uint64_t *": "Ptr{UInt64}",
     "void * *": "Ptr{Ptr{Cvoid}}",
 }  # fmt: skip
 
