@@ -86,8 +86,7 @@ static void adapters(const mxt_engine *engine, const mxt_dataset *dataset, const
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "adapters", mxt_model_load_lora(adapted, adapter, &none));
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "adapters", mxt_model_merge_lora(base, &none));
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "adapters", mxt_model_save_lora(base, adapter));
-  FAILS(MXT_ERROR_IO, "nowhere",
-        mxt_model_load_lora(base, in_folder(folder, "nowhere"), &none));
+  FAILS(MXT_ERROR_IO, "nowhere", mxt_model_load_lora(base, in_folder(folder, "nowhere"), &none));
   CHECK(none == NULL);
   config = small_config();
   config.lora_layers = 1;
