@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use bytesize::ByteSize;
-use clap::builder::NonEmptyStringValueParser;
+use clap::builder::{NonEmptyStringValueParser, OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
     Activation, DatasetOptions, DecoderWeights, Draft, Frozen, Group, Lora, Optimizer, Recipe,
@@ -18,7 +18,7 @@ use crate::console;
 use crate::export::ExportFormat;
 use crate::prepare::Format;
 use crate::ranks::MAX_RANKS;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::Named;
 
 /// Trains GPT-2 models on text files, with the backward pass in MXFP4.
 #[derive(Debug, Parser)]
@@ -89,6 +89,12 @@ Documents:
   With gpt2, token 50256 stands between documents, and a <|endoftext|> in a text is that token.
   With bytes nothing stands between files, and <|endoftext|> stays as its 13 bytes. Both tokenizers
   take it for the end of a document; with --no-special it is text like any other.
+  With a tokenizer.json, a document begins with what the tokenizer puts before a text (a token
+  such as <s>, if it has one), and the token that ends a text stands between documents, and for
+  its mark in a text: the eos_token of the files beside tokenizer.json, else one of a usual name
+  (<|endoftext|>, </s>, <|end_of_text|>, <eos>), or that of --end-of-text. All other special
+  tokens are text like any other. The tokenizer's files are put beside the tokens, from where
+  training takes them to the model.
 
 Validation:
   A document is kept for validation if it brings that part nearer to --val-fraction, so the same
@@ -99,6 +105,7 @@ Examples:
   mxtrain prepare notes/ --out data
   mxtrain prepare corpus/*.jsonl.zst --text-field content --tokenizer gpt2 --out data
   mxtrain prepare train.parquet test.parquet --val-last --tokenizer gpt2 --out data
+  mxtrain prepare corpus/ --tokenizer SmolLM2-135M/ --out data
   xz -dc dump.jsonl.xz | mxtrain prepare - --tokenizer gpt2 --out data")]
 pub(crate) struct PrepareArgs {
     /// Text files, JSON lines, Parquet files, folders of them, or - for standard input
@@ -109,9 +116,15 @@ pub(crate) struct PrepareArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 
-    /// How text becomes tokens: bytes (vocabulary 256) or gpt2 (GPT-2's byte-pair encoding, 50,257)
-    #[arg(long, value_name = "NAME", default_value_t = Tokenizer::Bytes, hide_possible_values = true)]
-    pub(crate) tokenizer: Tokenizer,
+    /// How text becomes tokens: bytes (vocabulary 256), gpt2 (GPT-2's byte-pair encoding, 50,257),
+    /// or the path of a tokenizer.json, Hugging Face's, or of a model's folder that has one
+    #[arg(long, value_name = "NAME|PATH", default_value = "bytes", value_parser = tokenizer())]
+    pub(crate) tokenizer: Named,
+
+    /// The token of a tokenizer.json that ends a text, by its name [default: what the files beside
+    /// it say]
+    #[arg(long, value_name = "TOKEN", allow_hyphen_values = true)]
+    pub(crate) end_of_text: Option<String>,
 
     /// Part of the text that is kept for validation, in whole documents (0 to below 1)
     #[arg(long, value_name = "FRACTION", default_value_t = 0.05, value_parser = fraction)]
@@ -169,9 +182,9 @@ pub(crate) struct TrainArgs {
     pub(crate) batch: BatchArgs,
 
     /// Keep documents apart: attention looks at no document but a token's own, and positions are
-    /// counted from where it begins. Documents end with the end-of-text token of --tokenizer gpt2; of
-    /// --examples each is one, and several are packed into a sequence, which holds all that the model
-    /// sees unless --sequence-length is given
+    /// counted from where it begins. Documents end with the token that ends a text to the data's
+    /// tokenizer; of --examples each is one, and several are packed into a sequence, which holds
+    /// all that the model sees unless --sequence-length is given
     #[arg(long, help_heading = "Step", num_args = 0..=1, require_equals = true,
           default_value_t = false, default_missing_value = "true", hide_default_value = true,
           hide_possible_values = true, action = clap::ArgAction::Set, value_name = "BOOL")]
@@ -298,10 +311,16 @@ pub(crate) struct DataArgs {
     #[arg(long, value_name = "N")]
     pub(crate) vocab_size: Option<usize>,
 
-    /// Tokenizer that made the files of --train, bytes or gpt2, needed only to print samples; or of
-    /// --examples [default: that of the checkpoint]
-    #[arg(long, value_name = "NAME", hide_possible_values = true)]
-    pub(crate) tokenizer: Option<Tokenizer>,
+    /// Tokenizer that made the files of --train, needed only to print samples; or of --examples:
+    /// bytes, gpt2, or the path of a tokenizer.json or of a folder that has one [default: that of
+    /// the checkpoint]
+    #[arg(long, value_name = "NAME|PATH", value_parser = tokenizer())]
+    pub(crate) tokenizer: Option<Named>,
+
+    /// The token of the tokenizer.json of --tokenizer that ends a text, by its name [default: what
+    /// the files beside it say]
+    #[arg(long, value_name = "TOKEN", requires = "tokenizer", allow_hyphen_values = true)]
+    pub(crate) end_of_text: Option<String>,
 }
 
 /// Prompts and answers to learn from.
@@ -795,7 +814,8 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) checkpoint: PathBuf,
 
-    /// Text to continue; it is printed too
+    /// Text to continue; it is printed too. It begins with what a tokenizer.json puts before a
+    /// text, and special tokens in it are tokens
     #[arg(
         long,
         allow_hyphen_values = true,
@@ -813,9 +833,10 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) tokens: usize,
 
-    /// Tokenizer, bytes or gpt2 [default: the one that the checkpoint was trained with]
-    #[arg(long, value_name = "NAME", hide_possible_values = true)]
-    pub(crate) tokenizer: Option<Tokenizer>,
+    /// Tokenizer: bytes, gpt2, or the path of a tokenizer.json or of a folder that has one
+    /// [default: the one that the checkpoint was trained with, or that lies beside it]
+    #[arg(long, value_name = "NAME|PATH", value_parser = tokenizer())]
+    pub(crate) tokenizer: Option<Named>,
 
     /// End the text before this one; may be given several times
     #[arg(
@@ -940,9 +961,10 @@ pub(crate) struct ExportArgs {
     #[arg(long, value_name = "NAME", default_value_t = StoredWeights::Bf16)]
     pub(crate) weights: StoredWeights,
 
-    /// Tokenizer, bytes or gpt2 [default: the one that the checkpoint was trained with]
-    #[arg(long, value_name = "NAME", hide_possible_values = true)]
-    pub(crate) tokenizer: Option<Tokenizer>,
+    /// Tokenizer: bytes, gpt2, or the path of a tokenizer.json or of a folder that has one
+    /// [default: the one that the checkpoint was trained with, or that lies beside it]
+    #[arg(long, value_name = "NAME|PATH", value_parser = tokenizer())]
+    pub(crate) tokenizer: Option<Named>,
 
     /// Replace a model, or a GGUF file, that is already there
     #[arg(long)]
@@ -1025,6 +1047,11 @@ pub(crate) struct PlanArgs {
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+}
+
+/// A name or a path.
+fn tokenizer() -> impl TypedValueParser<Value = Named> {
+    OsStringValueParser::new().map(Named::from)
 }
 
 fn fraction(text: &str) -> Result<f64, String> {

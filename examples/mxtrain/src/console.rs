@@ -25,7 +25,6 @@ use rustix::stdio::{stderr, stdout};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
-use crate::tokenizer::Tokenizer;
 
 /// Whether the program is to end soon.
 static HURRIES: AtomicBool = AtomicBool::new(false);
@@ -189,9 +188,9 @@ pub(crate) fn scaled(count: u64) -> String {
 }
 
 /// A loss with its unit, and in bits a byte where a token is a byte.
-pub(crate) fn loss_in_words(loss: f32, tokenizer: Option<Tokenizer>) -> String {
+pub(crate) fn loss_in_words(loss: f32, of_bytes: bool) -> String {
     let mut text = format!("loss {loss:.4} nats a token");
-    if tokenizer == Some(Tokenizer::Bytes) {
+    if of_bytes {
         text.push_str(&format!(", {:.4} bits a byte", bits(loss)));
     }
     text
@@ -350,8 +349,8 @@ mod tests {
     #[test]
     fn losses_have_units() {
         let loss = std::f32::consts::LN_2;
-        assert_eq!(loss_in_words(loss, Some(Tokenizer::Gpt2)), "loss 0.6931 nats a token");
-        let words = loss_in_words(loss, Some(Tokenizer::Bytes));
+        assert_eq!(loss_in_words(loss, false), "loss 0.6931 nats a token");
+        let words = loss_in_words(loss, true);
         assert_eq!(words, "loss 0.6931 nats a token, 1.0000 bits a byte");
     }
 }

@@ -19,7 +19,7 @@ use crate::hugging_face::{self, known_tokenizer};
 use crate::machine;
 use crate::prepared::Meta;
 use crate::signals::Signals;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::Kind;
 use crate::train::{OfLogits, short_windows};
 
 /// Runs the command.
@@ -31,6 +31,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
         Some(tokenizer) => Some(tokenizer),
         None => known_tokenizer(&args.checkpoint)?,
     };
+    let of_bytes = tokenizer == Some(Kind::Bytes);
     let (engine, _) = machine::open(&args.machine, 0)?;
     let (stats, merged) = match args.weights {
         Some(weights) => (decoded(args, &engine, &data, weights)?, None),
@@ -51,7 +52,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
             loss: stats.loss,
             perplexity: f64::from(stats.loss).exp(),
             weights: args.weights.map(DecoderWeights::as_str),
-            bits_per_byte: (tokenizer == Some(Tokenizer::Bytes)).then(|| console::bits(stats.loss)),
+            bits_per_byte: of_bytes.then(|| console::bits(stats.loss)),
             tokens: stats.tokens,
             seconds: stats.seconds,
             sharpness: stats.sharpness.map(Into::into),
@@ -61,7 +62,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
     } else {
         console::print(&format!(
             "{}, perplexity {:.3}; {} tokens, {} tokens/s\n",
-            console::loss_in_words(stats.loss, tokenizer),
+            console::loss_in_words(stats.loss, of_bytes),
             f64::from(stats.loss).exp(),
             HumanCount(stats.tokens),
             HumanCount(speed as u64),
@@ -70,7 +71,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
             console::print(&format!("{}\n", console::sharpness_in_words(sharpness)))?;
         }
         if let Some(merged) = merged {
-            console::print(&merged.in_words(stats.loss, tokenizer))?;
+            console::print(&merged.in_words(stats.loss, of_bytes))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -133,7 +134,7 @@ fn say_if_short(args: &EvalArgs, data: &Dataset, sequence_length: usize) {
 }
 
 /// Opens a prepared folder's validation tokens or the files of a pattern.
-fn open(data: &OsStr, options: &DatasetOptions) -> Outcome<(Dataset, Option<Tokenizer>)> {
+fn open(data: &OsStr, options: &DatasetOptions) -> Outcome<(Dataset, Option<Kind>)> {
     let dir = Path::new(data);
     if !dir.is_dir() {
         return Ok((Dataset::open_with(data, options)?, None));
@@ -238,13 +239,13 @@ impl Merged {
         Ok(Self { bits, loss_without: stats.loss, spared_products, spared_all })
     }
 
-    fn in_words(&self, loss: f32, tokenizer: Option<Tokenizer>) -> String {
+    fn in_words(&self, loss: f32, of_bytes: bool) -> String {
         let Self { bits, loss_without, spared_products, spared_all } = *self;
         format!(
             "without haste={bits}: {}; merging costs {:+.4} nats a token\n\
              merging would spare {:.1}% of the operations of linear layers, {:.1}% with its own \
              counted\n",
-            console::loss_in_words(loss_without, tokenizer),
+            console::loss_in_words(loss_without, of_bytes),
             loss - loss_without,
             100.0 * spared_products,
             100.0 * spared_all,

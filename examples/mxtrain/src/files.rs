@@ -7,6 +7,7 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::failure::{Failure, Outcome};
 
@@ -64,6 +65,32 @@ pub(crate) fn parse_json<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Outco
     })?;
     json.end().map_err(|e| Failure::usage(e.to_string()).within(path.display()))?;
     Ok(value)
+}
+
+/// A JSON file, or `None` where there is none.
+pub(crate) fn read_json(path: &Path) -> Outcome<Option<Value>> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let text = read(path).map_err(Failure::io("read", path))?;
+    check_fetched(path, &text)?;
+    let value = serde_json::from_slice(&text);
+    value.map(Some).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+}
+
+/// What Git LFS left in a file's place is nobody's tokenizer, and would be copied on.
+pub(crate) fn check_fetched(path: &Path, bytes: &[u8]) -> Outcome {
+    if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        let message = "a Git LFS pointer, not the file that it stands for; fetch it: run `git lfs \
+                       pull` in this folder";
+        return Err(Failure::usage(message).within(path.display()));
+    }
+    Ok(())
+}
+
+/// CRC-32, by which files are known again.
+pub(crate) fn checksum(bytes: &[u8]) -> String {
+    format!("{:08x}", crc32fast::hash(bytes))
 }
 
 /// What tells a file from all others that there are at the same time.

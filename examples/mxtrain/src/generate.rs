@@ -32,13 +32,13 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
     let (engine, _) = machine::open(&args.machine, args.seed.number())?;
     let model = load(&engine, &args.checkpoint)?;
     let vocab_size = model.config().vocab_size;
-    let tokenizer = tokenizer_to_read(&args.checkpoint, args.tokenizer, vocab_size)?;
+    let tokenizer = tokenizer_to_read(&args.checkpoint, args.tokenizer.as_ref(), vocab_size)?;
     let stop_tokens = match args.ignore_eos {
         true => Vec::new(),
-        false => end_tokens(Some(&args.checkpoint), Some(tokenizer), vocab_size)?,
+        false => end_tokens(Some(&args.checkpoint), Some(&tokenizer), vocab_size)?,
     };
     args.seed.say_if_drawn();
-    let prompt = tokenizer.encode_prompt(&args.prompt);
+    let prompt = tokenizer.encode_prompt(&args.prompt)?;
     let context = model.config().context_length;
     let room = match args.lines {
         true => context,
@@ -127,23 +127,25 @@ impl Writer<'_> {
     }
 
     /// The tokens of a prompt, which are the first text then; others may have begun with the same ones,
-    /// which are computed already.
-    fn begin(&mut self, prompt: &str) -> Outcome<()> {
+    /// which are computed already. Gives the stream of what comes behind them.
+    fn begin(&mut self, prompt: &str) -> Outcome<TextStream> {
         let decoder = &mut self.decoder;
-        let prompt = self.tokenizer.encode_prompt(prompt);
+        let prompt = self.tokenizer.encode_prompt(prompt)?;
+        let stream = TextStream::behind(&self.tokenizer, &prompt);
         // What is further back than the context is never looked at.
         let prompt = &prompt[prompt.len().saturating_sub(decoder.room())..];
         let begun_alike =
             decoder.tokens(0).iter().zip(prompt).take_while(|(one, other)| one == other).count();
         decoder.rewind(0, begun_alike)?;
-        Ok(decoder.push(0, &prompt[begun_alike..])?)
+        decoder.push(0, &prompt[begun_alike..])?;
+        Ok(stream)
     }
 
     /// Prints as many texts as the user wants, which come together and are printed when they are whole.
     fn samples_at_once(&mut self, prompt: &str) -> Outcome<io::Result<()>> {
         let (samples, first_seed) = (self.args.samples, self.options.seed);
         for first in (0..samples).step_by(self.decoder.sequences()) {
-            self.begin(prompt)?;
+            let stream = self.begin(prompt)?;
             let mut logits = vec![0.0; self.vocab_size];
             self.decoder.logits(0, &mut logits)?;
             let sequences: Vec<usize> =
@@ -152,10 +154,10 @@ impl Writer<'_> {
                 self.decoder.fork(0, *sequence)?;
             }
             self.options.seed = first_seed.wrapping_add(first);
-            let Self { args, decoder, tokenizer, options, .. } = self;
+            let Self { args, decoder, options, .. } = self;
             let mut texts: Vec<_> = sequences
                 .iter()
-                .map(|_| (prompt.to_owned(), TextStream::new(*tokenizer), Stops::new(&args.stop)))
+                .map(|_| (prompt.to_owned(), stream.clone(), Stops::new(&args.stop)))
                 .collect();
             let begun = Instant::now();
             let tokens = decoder.generate_each(&sequences, options, &mut |n, token| {
@@ -184,11 +186,10 @@ impl Writer<'_> {
 
     /// Prints `title`, the prompt and a continuation, each token as it comes.
     fn sample(&mut self, prompt: &str, title: String) -> Outcome<io::Result<()>> {
-        self.begin(prompt)?;
-        let Self { args, decoder, tokenizer, options, .. } = self;
+        let mut stream = self.begin(prompt)?;
+        let Self { args, decoder, options, .. } = self;
         let mut out = io::stdout().lock();
         let mut written = Ok(());
-        let mut stream = TextStream::new(*tokenizer);
         let mut stops = Stops::new(&args.stop);
         // Printed with the first token: a wrong option should not come after half an answer.
         let mut text = title + prompt;

@@ -17,7 +17,7 @@ use crate::failure::{Failure, Outcome};
 use crate::files;
 use crate::hugging_face::known_tokenizer;
 use crate::prepared::{Documents, Meta, Source};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::Kind;
 use crate::train::{adapters_in_words, is_checkpoint};
 
 /// Runs the command.
@@ -79,7 +79,7 @@ struct Checkpoint {
     #[serde(skip_serializing_if = "Option::is_none")]
     cannot_resume: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Option<Kind>,
     tensors: Vec<Tensor>,
 }
 
@@ -181,7 +181,7 @@ struct Tensor {
 #[derive(Default, Serialize)]
 struct Prepared {
     #[serde(skip_serializing_if = "Option::is_none")]
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Option<Kind>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vocab_size: Option<usize>,
     files: Vec<TokenFile>,
@@ -286,7 +286,7 @@ impl Checkpoint {
         if let Some(why) = &self.cannot_resume {
             text.push_str(&format!("            cannot be resumed: {}\n", console::plain(why)));
         }
-        if let Some(tokenizer) = self.tokenizer {
+        if let Some(tokenizer) = &self.tokenizer {
             text.push_str(&format!("tokenizer   {tokenizer}\n"));
         }
         text.push_str(&format!("tensors     {}\n", self.tensors.len()));
@@ -303,7 +303,7 @@ impl Checkpoint {
 impl Prepared {
     fn text(&self) -> String {
         let mut text = String::new();
-        if let (Some(tokenizer), Some(vocab_size)) = (self.tokenizer, self.vocab_size) {
+        if let (Some(tokenizer), Some(vocab_size)) = (&self.tokenizer, self.vocab_size) {
             let vocab_size = HumanCount(vocab_size as u64);
             text.push_str(&format!("tokenizer  {tokenizer}, vocabulary {vocab_size}\n"));
         }

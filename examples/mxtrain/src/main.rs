@@ -29,6 +29,7 @@ mod spikes;
 mod stop;
 mod table;
 mod tokenizer;
+mod tokenizer_file;
 mod tokens_file;
 mod train;
 

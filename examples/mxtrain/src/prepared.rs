@@ -1,9 +1,11 @@
-//! A prepared folder: `train.bin`, `val.bin` and `meta.json`, which says how they were made.
+//! A prepared folder: `train.bin`, `val.bin` and `meta.json`, which says how they were made; with
+//! the files of the tokenizer, where that is Hugging Face's.
 //!
-//! The three are replaced one after the other. Before the first of them `meta.json.new` is there,
+//! They are replaced one after the other. Before the first of them `meta.json.new` is there,
 //! and it becomes `meta.json` behind the last, so a folder where that was interrupted is never
 //! taken for a whole one.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
@@ -15,8 +17,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::failure::{Failure, Outcome};
 use crate::files;
-use crate::tokenizer::Tokenizer;
-use crate::tokens_file::{SealedFile, write_whole};
+use crate::tokenizer::{Kind, Tokenizer};
+use crate::tokens_file::{SealedFile, Width, write_whole};
 
 /// File names inside a prepared folder.
 pub(crate) const TRAIN_FILE: &str = "train.bin";
@@ -32,9 +34,12 @@ pub(crate) struct Meta {
     /// Version of this file's layout.
     pub(crate) version: u32,
     /// How the text became tokens.
-    pub(crate) tokenizer: Tokenizer,
+    pub(crate) tokenizer: Kind,
     /// Tokens are below this number.
     pub(crate) vocab_size: usize,
+    /// What a token is in the two files; u16 in descriptions by older programs.
+    #[serde(default, skip_serializing_if = "Width::is_u16")]
+    pub(crate) token_type: Width,
     /// Tokens in `train.bin`.
     pub(crate) train_tokens: u64,
     /// Tokens in `val.bin`; 0 where there is no such file.
@@ -44,6 +49,9 @@ pub(crate) struct Meta {
     pub(crate) documents: Option<Documents>,
     /// The inputs, in their order.
     pub(crate) sources: Vec<Source>,
+    /// Files of the tokenizer that were put beside it, with their checksums.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    files: BTreeMap<String, String>,
 }
 
 /// Documents in `train.bin` and `val.bin`.
@@ -85,11 +93,14 @@ impl Source {
 
 impl Meta {
     /// A description of the present version.
-    pub(crate) fn new(tokenizer: Tokenizer, sources: Vec<Source>) -> Self {
+    pub(crate) fn new(tokenizer: &Tokenizer, sources: Vec<Source>) -> Self {
+        let files = contents(tokenizer).map(|(name, bytes)| (name.clone(), files::checksum(bytes)));
         Self {
             version: VERSION,
-            tokenizer,
+            tokenizer: tokenizer.kind(),
             vocab_size: tokenizer.vocab_size(),
+            token_type: Width::of(tokenizer.vocab_size()),
+            files: files.collect(),
             train_tokens: 0,
             val_tokens: 0,
             documents: None,
@@ -158,17 +169,42 @@ impl Meta {
         Ok((file, meta))
     }
 
+    /// A failure where a file of `tokenizer` would replace one that `prepare` has not put there.
+    pub(crate) fn check_place(dir: &Path, tokenizer: &Tokenizer) -> Outcome {
+        let before = Self::files_of(dir);
+        for (name, bytes) in contents(tokenizer) {
+            let path = dir.join(name);
+            let there = match path.symlink_metadata() {
+                Ok(_) => files::read(&path).map_err(Failure::io("read", &path))?,
+                Err(_) => continue,
+            };
+            if there != *bytes && before.get(name) != Some(&files::checksum(&there)) {
+                let message = "is there already and not of `mxtrain prepare`, which would put the \
+                               tokenizer's beside the tokens; name another folder with --out";
+                return Err(Failure::usage(message).within(path.display()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The tokenizer's files that an earlier `prepare` has put into a folder.
+    fn files_of(dir: &Path) -> BTreeMap<String, String> {
+        Self::parse(&dir.join(META_FILE)).map(|(_, meta)| meta.files).unwrap_or_default()
+    }
+
     /// Gives the token files their names and writes the description, which makes the folder a
     /// prepared one. What was there before is whole until then.
     pub(crate) fn publish(
         &self,
         dir: &Path,
+        tokenizer: &Tokenizer,
         train: SealedFile,
         val: Option<SealedFile>,
     ) -> Outcome {
         let mut text = serde_json::to_string_pretty(self).expect("plain data becomes JSON");
         text.push('\n');
         let pending = dir.join(PENDING_FILE);
+        let before = Self::files_of(dir);
         write_whole(&pending, text.as_bytes())?;
         sync(dir);
         train.publish().inspect_err(|_| {
@@ -178,6 +214,22 @@ impl Meta {
             Some(val) => val.publish()?,
             // An older run's validation text does not belong to this data.
             None => remove_if_there(&dir.join(VAL_FILE))?,
+        }
+        // As is another tokenizer's file.
+        for (name, checksum) in before.iter().filter(|(name, _)| !self.files.contains_key(*name)) {
+            let path = dir.join(name);
+            let is_a_name = Path::new(name).file_name().is_some_and(|file| file == name.as_str());
+            if is_a_name
+                && files::read(&path).is_ok_and(|there| files::checksum(&there) == *checksum)
+            {
+                remove_if_there(&path)?;
+            }
+        }
+        for (name, bytes) in contents(tokenizer) {
+            let path = dir.join(name);
+            if !files::read(&path).is_ok_and(|there| there == *bytes) {
+                write_whole(&path, bytes)?;
+            }
         }
         sync(dir);
         let path = dir.join(META_FILE);
@@ -198,6 +250,11 @@ impl Meta {
         }
         open(&dir.join(VAL_FILE), self.val_tokens).map(Some)
     }
+}
+
+/// The files of a tokenizer, which go where its tokens go.
+fn contents(tokenizer: &Tokenizer) -> impl Iterator<Item = (&String, &Vec<u8>)> {
+    tokenizer.file().into_iter().flat_map(|file| file.contents())
 }
 
 fn open(path: &Path, expected: u64) -> Outcome<Dataset> {
@@ -252,15 +309,15 @@ mod tests {
     use super::*;
     use crate::tokens_file::TokensFile;
 
-    fn write(dir: &Path, token: u16, with_val: bool) -> Outcome {
+    fn write(dir: &Path, token: u32, with_val: bool) -> Outcome {
         let sealed = |name| {
-            let mut file = TokensFile::create(dir.join(name)).unwrap();
+            let mut file = TokensFile::create(dir.join(name), Width::U16).unwrap();
             file.push(&[token]).unwrap();
             file.seal().unwrap()
         };
-        let mut meta = Meta::new(Tokenizer::Bytes, Vec::new());
+        let mut meta = Meta::new(&Tokenizer::Bytes, Vec::new());
         (meta.train_tokens, meta.val_tokens) = (1, u64::from(with_val));
-        meta.publish(dir, sealed(TRAIN_FILE), with_val.then(|| sealed(VAL_FILE)))
+        meta.publish(dir, &Tokenizer::Bytes, sealed(TRAIN_FILE), with_val.then(|| sealed(VAL_FILE)))
     }
 
     #[test]

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::failure::{Failure, Outcome};
 use crate::files;
 use crate::parse;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::Kind;
 use crate::tokens_file::write_whole;
 use crate::train;
 
@@ -68,7 +68,7 @@ pub(crate) struct RunFile {
     /// Version of this file's layout.
     version: u32,
     /// The tokenizer of the training data, where it is known.
-    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) tokenizer: Option<Kind>,
     /// Options of `mxtrain train` that the library's own files do not hold, by name.
     pub(crate) options: BTreeMap<String, String>,
     /// Those among them whose values are not UTF-8, encoded.
@@ -84,7 +84,7 @@ pub(crate) struct RunFile {
 
 impl RunFile {
     /// A description of the present version.
-    pub(crate) fn new(tokenizer: Option<Tokenizer>, options: BTreeMap<String, OsString>) -> Self {
+    pub(crate) fn new(tokenizer: Option<Kind>, options: BTreeMap<String, OsString>) -> Self {
         let (mut plain, mut encoded) = (BTreeMap::new(), BTreeMap::new());
         for (name, value) in options {
             match value.into_string() {
@@ -193,7 +193,7 @@ mod tests {
             ("steps".into(), "9".into()),
             ("val".into(), latin_1.clone()),
         ]);
-        let file = RunFile::new(Some(Tokenizer::Gpt2), options);
+        let file = RunFile::new(Some(Kind::Gpt2), options);
         file.write(dir.path()).unwrap();
         let read = RunFile::read(dir.path()).unwrap().unwrap();
         assert_eq!(read, file);

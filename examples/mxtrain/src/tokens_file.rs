@@ -1,5 +1,6 @@
-//! Writes token files in llm.c's format: a header of 256 little-endian i32 (magic number, version,
-//! number of tokens, zeros), then the tokens as little-endian u16.
+//! Writes token files in llm.c's formats: a header of 256 little-endian i32 (magic number, version,
+//! number of tokens, zeros), then the tokens as little-endian u16, or as u32 where a vocabulary has
+//! more than 65,536 tokens.
 //!
 //! A file is written under a temporary name and renamed when it is complete, so that a reader never
 //! meets half a file and an interrupted `prepare` leaves an older file whole.
@@ -10,38 +11,110 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::failure::{Failure, Outcome};
 
-const MAGIC: i32 = 20240520;
-const VERSION: i32 = 1;
 const HEADER_INTS: usize = 256;
 /// The header counts tokens in an i32.
 const MAX_TOKENS: u64 = i32::MAX as u64;
 /// Tokens that are turned into bytes at a time.
 const BLOCK: usize = 1 << 12;
 
+/// What a token is in a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Width {
+    #[default]
+    U16,
+    U32,
+}
+
+impl Width {
+    /// The narrower one that holds every token of a vocabulary.
+    pub(crate) fn of(vocab_size: usize) -> Self {
+        if vocab_size <= 1 << 16 { Self::U16 } else { Self::U32 }
+    }
+
+    /// Whether it is what all files had once.
+    pub(crate) fn is_u16(&self) -> bool {
+        *self == Self::U16
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::U16 => 2,
+            Self::U32 => 4,
+        }
+    }
+
+    /// Magic number and version.
+    fn kind(self) -> [i32; 2] {
+        match self {
+            Self::U16 => [20240520, 1],
+            Self::U32 => [20240801, 7],
+        }
+    }
+
+    /// Where a token lies in a file.
+    fn place(self, token: u64) -> u64 {
+        HEADER_INTS as u64 * 4 + token * self.bytes() as u64
+    }
+
+    fn encode(self, tokens: &[u32], bytes: &mut Vec<u8>) {
+        bytes.resize(tokens.len() * self.bytes(), 0);
+        match self {
+            Self::U16 => {
+                for (to, token) in bytes.as_chunks_mut().0.iter_mut().zip(tokens) {
+                    debug_assert!(*token <= u16::MAX.into(), "the vocabulary was to be smaller");
+                    *to = (*token as u16).to_le_bytes();
+                }
+            }
+            Self::U32 => {
+                for (to, token) in bytes.as_chunks_mut().0.iter_mut().zip(tokens) {
+                    *to = token.to_le_bytes();
+                }
+            }
+        }
+    }
+
+    fn decode(self, bytes: &[u8]) -> Vec<u32> {
+        match self {
+            Self::U16 => {
+                bytes.as_chunks().0.iter().map(|token| u16::from_le_bytes(*token).into()).collect()
+            }
+            Self::U32 => {
+                bytes.as_chunks().0.iter().map(|token| u32::from_le_bytes(*token)).collect()
+            }
+        }
+    }
+}
+
 /// A token file that is being written.
 pub(crate) struct TokensFile {
     path: PathBuf,
     temporary: PathBuf,
     file: BufWriter<File>,
+    width: Width,
     tokens: u64,
-    last: Option<u16>,
+    last: Option<u32>,
+    /// For the bytes of tokens.
+    bytes: Vec<u8>,
 }
 
 impl TokensFile {
     /// Begins a file that will be called `path` in the end.
-    pub(crate) fn create(path: PathBuf) -> Outcome<Self> {
+    pub(crate) fn create(path: PathBuf, width: Width) -> Outcome<Self> {
         let temporary = temporary_name(&path);
         let mut file = create_anew(&temporary)
             .map(|file| BufWriter::with_capacity(1 << 18, file))
             .map_err(Failure::io("create", &temporary))?;
-        file.write_all(&header(0)).map_err(Failure::io("write", &temporary))?;
-        Ok(Self { path, temporary, file, tokens: 0, last: None })
+        file.write_all(&header(width, 0)).map_err(Failure::io("write", &temporary))?;
+        Ok(Self { path, temporary, file, width, tokens: 0, last: None, bytes: Vec::new() })
     }
 
     /// Appends tokens.
-    pub(crate) fn push(&mut self, tokens: &[u16]) -> Outcome {
+    pub(crate) fn push(&mut self, tokens: &[u32]) -> Outcome {
         if self.tokens + tokens.len() as u64 > MAX_TOKENS {
             return Err(Failure::usage(format!(
                 "{}: a token file holds at most {MAX_TOKENS} tokens; prepare the inputs in parts, \
@@ -49,14 +122,9 @@ impl TokensFile {
                 self.path.display()
             )));
         }
-        let mut bytes = [0; 2 * BLOCK];
         for block in tokens.chunks(BLOCK) {
-            for (to, token) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(block) {
-                *to = token.to_le_bytes();
-            }
-            self.file
-                .write_all(&bytes[..2 * block.len()])
-                .map_err(Failure::io("write", &self.temporary))?;
+            self.width.encode(block, &mut self.bytes);
+            self.file.write_all(&self.bytes).map_err(Failure::io("write", &self.temporary))?;
         }
         self.tokens += tokens.len() as u64;
         self.last = tokens.last().copied().or(self.last);
@@ -69,19 +137,17 @@ impl TokensFile {
     }
 
     /// The last token written.
-    pub(crate) fn last(&self) -> Option<u16> {
+    pub(crate) fn last(&self) -> Option<u32> {
         self.last
     }
 
     /// Reads tokens from `first` on.
-    pub(crate) fn read(&mut self, first: u64, tokens: &mut [u16]) -> Outcome {
-        let mut bytes = vec![0; 2 * tokens.len()];
+    pub(crate) fn read(&mut self, first: u64, tokens: &mut [u32]) -> Outcome {
+        let mut bytes = vec![0; self.width.bytes() * tokens.len()];
         self.file.flush().map_err(Failure::io("write", &self.temporary))?;
-        (self.file.get_ref().read_exact_at(&mut bytes, place(first)))
+        (self.file.get_ref().read_exact_at(&mut bytes, self.width.place(first)))
             .map_err(Failure::io("read", &self.temporary))?;
-        for (token, bytes) in tokens.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            *token = u16::from_le_bytes(*bytes);
-        }
+        tokens.copy_from_slice(&self.width.decode(&bytes));
         Ok(())
     }
 
@@ -94,14 +160,14 @@ impl TokensFile {
     pub(crate) fn remove(&mut self, range: Range<u64>) -> Outcome {
         let (gap, temporary) = (range.end - range.start, self.temporary.clone());
         let file = self.file.get_ref().try_clone().map_err(Failure::io("write", &temporary))?;
-        let mut bytes = Vec::new();
+        let (mut bytes, width) = (Vec::new(), self.width);
         self.blocks(range.end..self.tokens, |first, block| {
-            bytes.clear();
-            bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
-            file.write_all_at(&bytes, place(first - gap)).map_err(Failure::io("write", &temporary))
+            width.encode(block, &mut bytes);
+            let place = width.place(first - gap);
+            file.write_all_at(&bytes, place).map_err(Failure::io("write", &temporary))
         })?;
         self.tokens -= gap;
-        let end = place(self.tokens);
+        let end = width.place(self.tokens);
         self.file
             .flush()
             .and_then(|()| file.set_len(end))
@@ -119,7 +185,7 @@ impl TokensFile {
     fn blocks(
         &mut self,
         range: Range<u64>,
-        mut give: impl FnMut(u64, &[u16]) -> Outcome,
+        mut give: impl FnMut(u64, &[u32]) -> Outcome,
     ) -> Outcome {
         let mut block = vec![0; 1 << 16];
         let mut first = range.start;
@@ -136,7 +202,7 @@ impl TokensFile {
     pub(crate) fn seal(mut self) -> Outcome<SealedFile> {
         let write = |file: &mut BufWriter<File>| -> io::Result<()> {
             file.seek(SeekFrom::Start(0))?;
-            file.write_all(&header(self.tokens as i32))?;
+            file.write_all(&header(self.width, self.tokens as i32))?;
             file.flush()?;
             file.get_ref().sync_all()
         };
@@ -163,11 +229,6 @@ impl SealedFile {
     }
 }
 
-/// Where a token lies in a file.
-fn place(token: u64) -> u64 {
-    HEADER_INTS as u64 * 4 + token * 2
-}
-
 impl Drop for TokensFile {
     /// Takes an unfinished file away; a finished one no longer has its temporary name.
     fn drop(&mut self) {
@@ -177,15 +238,17 @@ impl Drop for TokensFile {
 
 /// Reads `length` tokens from token `first` on of a file that [`TokensFile`] wrote.
 pub(crate) fn read_window(path: &Path, first: u64, length: usize) -> Outcome<Vec<u32>> {
-    let read = || -> io::Result<Vec<u8>> {
+    let read = || -> io::Result<Vec<u32>> {
         let mut file = File::open(path)?;
-        file.seek(SeekFrom::Start(place(first)))?;
-        let mut bytes = vec![0; length * 2];
-        file.read_exact(&mut bytes)?;
-        Ok(bytes)
+        let mut magic = [0; 4];
+        file.read_exact(&mut magic)?;
+        let is_wide = i32::from_le_bytes(magic) == Width::U32.kind()[0];
+        let width = if is_wide { Width::U32 } else { Width::U16 };
+        let mut bytes = vec![0; length * width.bytes()];
+        file.read_exact_at(&mut bytes, width.place(first))?;
+        Ok(width.decode(&bytes))
     };
-    let bytes = read().map_err(Failure::io("read", path))?;
-    Ok(bytes.as_chunks::<2>().0.iter().map(|token| u16::from_le_bytes(*token).into()).collect())
+    read().map_err(Failure::io("read", path))
 }
 
 /// Writes a small file under a temporary name, then renames it.
@@ -218,9 +281,10 @@ pub(crate) fn temporary_name(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn header(tokens: i32) -> [u8; HEADER_INTS * 4] {
+fn header(width: Width, tokens: i32) -> [u8; HEADER_INTS * 4] {
     let mut bytes = [0; HEADER_INTS * 4];
-    for (i, value) in [MAGIC, VERSION, tokens].into_iter().enumerate() {
+    let [magic, version] = width.kind();
+    for (i, value) in [magic, version, tokens].into_iter().enumerate() {
         bytes[i * 4..][..4].copy_from_slice(&value.to_le_bytes());
     }
     bytes
@@ -245,7 +309,7 @@ mod tests {
     fn the_bytes_are_llm_cs() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t.bin");
-        let mut file = TokensFile::create(path.clone()).unwrap();
+        let mut file = TokensFile::create(path.clone(), Width::U16).unwrap();
         file.push(&[1, 513]).unwrap();
         file.push(&[50256]).unwrap();
         let sealed = file.seal().unwrap();
@@ -264,24 +328,42 @@ mod tests {
     }
 
     #[test]
-    fn tokens_can_be_moved_to_another_file() {
+    fn the_bytes_of_large_tokens_are_llm_cs() {
         let dir = tempfile::tempdir().unwrap();
-        let create = |name| TokensFile::create(dir.path().join(name)).unwrap();
-        let (mut from, mut to) = (create("a"), create("b"));
-        let tokens: Vec<u16> = (0..200_000_u32).map(|t| (t % 50_000) as u16).collect();
-        from.push(&tokens).unwrap();
-        from.copy(5..70_005, &mut to).unwrap();
-        from.remove(5..70_005).unwrap();
-        assert_eq!((from.tokens(), from.last()), (130_000, Some(49_999)));
-        from.push(&[7]).unwrap();
-        let mut found = vec![0; 130_001];
-        from.read(0, &mut found).unwrap();
-        assert_eq!(found, [&tokens[..5], &tokens[70_005..], &[7]].concat());
-        let mut moved = vec![0; 70_000];
-        to.read(0, &mut moved).unwrap();
-        assert_eq!(moved, tokens[5..70_005]);
-        from.remove(0..130_001).unwrap();
-        assert_eq!((from.tokens(), from.last()), (0, None));
+        let path = dir.path().join("t.bin");
+        assert_eq!([65_535, 65_536, 65_537].map(|size| Width::of(size).bytes()), [2, 2, 4]);
+        let mut file = TokensFile::create(path.clone(), Width::U32).unwrap();
+        file.push(&[1, 0x0102_0304]).unwrap();
+        file.seal().unwrap().publish().unwrap();
+        let bytes = fs::read(&path).unwrap();
+        assert_eq!(bytes[..12], [0xa1, 0xd9, 0x34, 0x01, 7, 0, 0, 0, 2, 0, 0, 0]);
+        assert_eq!(bytes[1024..], [1, 0, 0, 0, 4, 3, 2, 1]);
+        assert_eq!(read_window(&path, 1, 1).unwrap(), [0x0102_0304]);
+        assert!(read_window(&path, 1, 2).is_err());
+    }
+
+    #[test]
+    fn tokens_can_be_moved_to_another_file() {
+        for width in [Width::U16, Width::U32] {
+            let dir = tempfile::tempdir().unwrap();
+            let create = |name| TokensFile::create(dir.path().join(name), width).unwrap();
+            let (mut from, mut to) = (create("a"), create("b"));
+            let last = if width.is_u16() { 49_999 } else { 99_999 };
+            let tokens: Vec<u32> = (0..200_000_u32).map(|t| t % (last + 1)).collect();
+            from.push(&tokens).unwrap();
+            from.copy(5..70_005, &mut to).unwrap();
+            from.remove(5..70_005).unwrap();
+            assert_eq!((from.tokens(), from.last()), (130_000, Some(last)));
+            from.push(&[7]).unwrap();
+            let mut found = vec![0; 130_001];
+            from.read(0, &mut found).unwrap();
+            assert_eq!(found, [&tokens[..5], &tokens[70_005..], &[7]].concat());
+            let mut moved = vec![0; 70_000];
+            to.read(0, &mut moved).unwrap();
+            assert_eq!(moved, tokens[5..70_005]);
+            from.remove(0..130_001).unwrap();
+            assert_eq!((from.tokens(), from.last()), (0, None));
+        }
     }
 
     #[test]
@@ -289,7 +371,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t.bin");
         fs::write(&path, "old").unwrap();
-        drop(TokensFile::create(path.clone()).unwrap());
+        drop(TokensFile::create(path.clone(), Width::U16).unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }

@@ -393,7 +393,10 @@ fn what_cannot_be_is_refused_with_the_remedy() {
         ("export model folder --format gguf", "folder: a folder, and --format gguf writes a file"),
         ("export model notes.gguf --overwrite", "notes.gguf: there is a file that is no GGUF, wh"),
         ("export model none/x.gguf", "cannot create none/x.gguf.tmp: No such file"),
-        ("export foreign x.gguf", "is neither GPT-2's nor that of bytes, and others are not read"),
+        (
+            "export foreign x.gguf",
+            "is written with GPT-2's tokens or bytes, this model has tokenizer.j",
+        ),
         ("export model x.gguf --tokenizer gpt2", "gpt2 has 50257 tokens, the checkpoint's vocab"),
         ("export exact x.gguf", "gelu_new alone, this model has gelu; choose --format safetensors"),
         (

@@ -73,10 +73,15 @@ fn finetuning_keeps_the_tokenizer_and_what_the_user_put_there() {
     assert_eq!(json(&dir.join("moved/tokenizer_config.json"))["mine"], 1);
     assert!(same(&origin.join("tokenizer.json"), &dir.join("moved/tokenizer.json")));
 
-    // Its text is not for us to print.
+    // Its text is told without being asked for.
+    let text = succeed(dir, "generate --checkpoint moved --prompt the --tokens 8 --greedy");
+    assert!(text.starts_with("the"), "{text:?}");
+    assert!(succeed(dir, "info moved").contains("tokenizer   tokenizer.json (CRC-32 "));
+    // Files that only another program makes sense of.
+    fs::remove_file(dir.join("moved/tokenizer.json")).unwrap();
+    fs::write(dir.join("moved/vocab.json"), "{\"a\": 0}").unwrap();
     let error = refuse(dir, "generate --checkpoint moved --prompt x");
-    assert!(error.contains("the tokenizer in moved/tokenizer.json is neither GPT-2's"), "{error}");
-    assert!(error.contains("say --tokenizer gpt2 or --tokenizer bytes where"), "{error}");
+    assert!(error.contains("the tokenizer in moved/vocab.json is not GPT-2's"), "{error}");
 }
 
 #[test]
@@ -113,6 +118,16 @@ fn a_run_writes_the_tokenizer_of_its_data() {
     assert_eq!(tokenizer["model"]["merges"].as_array().unwrap().len(), 50_000);
     assert_eq!(tokenizer["model"]["vocab"]["<|endoftext|>"], 50_256);
     assert_eq!(json(&dir.join("model/tokenizer_config.json"))["eos_token"], "<|endoftext|>");
+    // GPT-2's own file by its path is not another tokenizer to its model.
+    succeed(dir, "prepare text.txt --out named --tokenizer model");
+    assert!(json(&dir.join("named/meta.json"))["tokenizer"]["file"].is_object());
+    let line =
+        "train --data named --init-from model --out again --steps 1 --batch-size 2 --threads 1";
+    let output = run_args(dir, line.split_whitespace());
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && !error.contains("note:"), "{error}");
+    assert!(same(&dir.join("model/tokenizer.json"), &dir.join("again/tokenizer.json")));
+
     let theirs = foreign().0.join("tokenizer.json");
     fs::copy(&theirs, dir.join("model/tokenizer.json")).unwrap();
     let output = run_args(dir, gpt2.split_whitespace());

@@ -163,6 +163,7 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
         tokens: TokenArgs { token_type: TokenType(None) },
         vocab_size: None,
         tokenizer: None,
+        end_of_text: None,
     })?;
     let mut record = Gradients {
         data: DataRecord::of(&data)?,

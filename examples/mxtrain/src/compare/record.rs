@@ -18,7 +18,7 @@ use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::files;
 use crate::spikes::Spikes;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{self, Tokenizer};
 use crate::tokens_file::write_whole;
 use crate::train::Data;
 
@@ -183,7 +183,7 @@ pub(crate) fn kind_of(path: &Path, text: &str) -> Outcome<(String, u64)> {
 pub(crate) struct DataRecord {
     /// Last part of the folder's or the pattern's name; two names may stand for the same data.
     pub(crate) name: String,
-    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) tokenizer: Option<tokenizer::Kind>,
     pub(crate) train: TokensRecord,
     pub(crate) validation: Option<TokensRecord>,
 }
@@ -202,7 +202,7 @@ impl DataRecord {
         let name = Path::new(&data.name).file_name().unwrap_or_default();
         Ok(Self {
             name: name.to_string_lossy().into_owned(),
-            tokenizer: data.tokenizer,
+            tokenizer: data.tokenizer.as_ref().map(Tokenizer::kind),
             train: TokensRecord::of(&data.train)?,
             validation: data.val.as_ref().map(TokensRecord::of).transpose()?,
         })

@@ -23,6 +23,7 @@ use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::signals::{INTERRUPTED, Signals};
 use crate::spikes::SpikeWatch;
+use crate::tokenizer::Tokenizer;
 use crate::tokens_file::write_whole;
 use crate::train::{
     Data, Failures, LOST_ON_THE_SIDE, Side, Start, Weights, emulated, header, model_config,
@@ -296,7 +297,7 @@ impl Planned {
         let line = format!(
             "step {step}/{steps}  train loss {:.4}  validation {}\n",
             point.train_loss,
-            console::loss_in_words(own.loss, data.tokenizer)
+            console::loss_in_words(own.loss, data.tokenizer == Some(Tokenizer::Bytes))
         );
         failures.unless(Side::Output, progress.print(&line));
         Ok(Evaluated::Done)

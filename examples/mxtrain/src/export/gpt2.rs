@@ -113,7 +113,7 @@ fn mlp_channels(config: &ModelConfig) -> usize {
 pub(crate) fn metadata(
     checkpoint: &Path,
     config: &ModelConfig,
-    tokenizer: Tokenizer,
+    tokenizer: &Tokenizer,
     weights: StoredWeights,
 ) -> Outcome<Vec<(String, Value)>> {
     let number = |n: usize| Value::U32(n as u32);
@@ -146,7 +146,7 @@ pub(crate) fn metadata(
     let ends = end_tokens(Some(checkpoint), Some(tokenizer), config.vocab_size)?;
     // NOTE: token 11 ends a text of llama.cpp's where none is named. No text of bytes has the token
     // 0, unless it is no text.
-    let end = tokenizer.separator().map(u32::from).or_else(|| ends.first().copied()).unwrap_or(0);
+    let end = tokenizer.separator().or_else(|| ends.first().copied()).unwrap_or(0);
     metadata.extend([
         ("tokenizer.ggml.tokens", Value::Texts(tokens)),
         ("tokenizer.ggml.token_type", Value::Numbers(kinds)),
@@ -168,7 +168,7 @@ pub(crate) fn metadata(
 fn tokens(
     checkpoint: &Path,
     vocab_size: usize,
-    tokenizer: Tokenizer,
+    tokenizer: &Tokenizer,
 ) -> Outcome<(Vec<String>, Vec<i32>)> {
     const NORMAL: i32 = 1;
     const CONTROL: i32 = 3;
@@ -177,7 +177,7 @@ fn tokens(
     let mut tokens = vocabulary(tokenizer);
     let mut kinds = vec![NORMAL; tokens.len()];
     if let Some(separator) = tokenizer.separator() {
-        kinds[usize::from(separator)] = CONTROL;
+        kinds[separator as usize] = CONTROL;
     }
     // Texts have to differ, of tokens that a vocabulary is padded with, too.
     for id in tokens.len()..vocab_size {

@@ -194,7 +194,8 @@ fn write_folder(args: &ExportArgs, model: &Model) -> Outcome {
         Some(Found::Ours(tokenizer)) => Some(tokenizer),
         _ => None,
     };
-    let tokenizer = args.tokenizer.or(found);
+    let named = args.tokenizer.as_ref().map(|named| named.open(None)).transpose()?;
+    let tokenizer = named.or(found);
     let mut files = Files::new(Some(checkpoint), tokenizer, model.config().context_length)?;
     model.save_as(out, *weights)?;
     // All that an earlier export has put there is replaced.
@@ -207,8 +208,14 @@ fn write_file(args: &ExportArgs, model: &Model, signals: &Signals) -> Outcome {
     let ExportArgs { checkpoint, out, weights, .. } = args;
     let config = model.config();
     gpt2::check(config, *weights)?;
-    let tokenizer = tokenizer_to_read(checkpoint, args.tokenizer, config.vocab_size)?;
-    let metadata = gpt2::metadata(checkpoint, config, tokenizer, *weights)?;
+    let tokenizer = tokenizer_to_read(checkpoint, args.tokenizer.as_ref(), config.vocab_size)?;
+    if tokenizer.file().is_some() {
+        return Err(Failure::usage(format!(
+            "--format gguf: is written with GPT-2's tokens or bytes, this model has {tokenizer}; choose \
+             --format safetensors"
+        )));
+    }
+    let metadata = gpt2::metadata(checkpoint, config, &tokenizer, *weights)?;
     let (tensors, origins): (Vec<_>, Vec<_>) =
         gpt2::tensors(model.tensors(), *weights).into_iter().unzip();
     let mut file = Unfinished::create(out, signals)?;

@@ -12,9 +12,9 @@ use super::content::Content;
 use super::inputs::{Format, Input};
 use super::json::{RowReader, Rows};
 use super::parquet::{self, Texts};
-use super::text::{MAX_CHUNK, TextReader};
+use super::text::{TextReader, longest_chunk};
 use crate::failure::{Failure, Outcome};
-use crate::tokenizer::{END_OF_TEXT, END_OF_TEXT_MARK, Tokenizer, cut_point};
+use crate::tokenizer::Tokenizer;
 
 /// Bytes of text that a thread encodes at a time.
 pub(super) const CHUNK: usize = 1 << 20;
@@ -25,7 +25,7 @@ const AHEAD: usize = 4 * CHUNK;
 #[derive(Clone, Debug)]
 pub(super) struct Options {
     pub(super) tokenizer: Tokenizer,
-    /// Whether `<|endoftext|>` in a text stands between documents and is one token.
+    /// Whether the mark (`<|endoftext|>`) in a text stands between documents and is one token.
     pub(super) special: bool,
     /// The field or column with the documents.
     pub(super) text_field: String,
@@ -37,7 +37,7 @@ pub(super) struct Options {
 /// Tokens of a piece of the inputs.
 #[derive(Debug, Default)]
 pub(super) struct Encoded {
-    pub(super) tokens: Vec<u16>,
+    pub(super) tokens: Vec<u32>,
     /// What the tokens are, in their order.
     pub(super) parts: Vec<Part>,
     /// Rows without a text, or with nothing but whitespace.
@@ -133,6 +133,8 @@ enum Contents {
         bytes: Vec<u8>,
         begins: bool,
         ends: bool,
+        /// Whether its first document began before it.
+        continues: bool,
         text: Option<u64>,
     },
     Rows(Rows),
@@ -189,16 +191,21 @@ impl Reader {
                 continue;
             }
             let text = content.expected;
-            let mut reader = TextReader::new(content, self.options.tokenizer, chunk);
-            let mut begins = true;
+            let (tokenizer, mark) = (&self.options.tokenizer, self.options.tokenizer.mark());
+            // (Of our tokenizers it decides about no token whether the mark is one.)
+            let is_mark = self.options.special || tokenizer.file().is_none();
+            let mark = mark.filter(|_| is_mark).map(str::to_owned);
+            let mut reader = TextReader::new(content, tokenizer.clone(), mark.clone(), chunk);
+            let (mut begins, mut continues) = (true, false);
             while !self.stopped
                 && let Some((bytes, ends)) = reader.next()?
             {
                 let (length, read) = (bytes.len(), reader.position() - position);
                 position += read;
-                let contents = Contents::Text { bytes, begins, ends, text };
+                let is_whole = mark.as_ref().is_some_and(|mark| bytes.ends_with(mark.as_bytes()));
+                let contents = Contents::Text { bytes, begins, ends, continues, text };
                 self.push(source, &name, contents, length, read);
-                begins = false;
+                (begins, continues) = (false, !is_whole);
             }
         }
         self.send();
@@ -293,25 +300,25 @@ impl Job {
         // A token of GPT-2's takes four bytes of text or so.
         let expected = match options.tokenizer {
             Tokenizer::Bytes => self.bytes,
-            Tokenizer::Gpt2 => self.bytes / 3,
+            _ => self.bytes / 3,
         };
         out.tokens.reserve(expected);
         for piece in self.pieces {
             let part = Part { source: piece.source, ..Part::default() };
             let whole = Part { begins: true, ends: true, ..part };
             match piece.contents {
-                Contents::Text { bytes, begins, ends, text } => {
-                    options.encode(&bytes, Part { begins, ends, text, ..part }, &mut out);
+                Contents::Text { bytes, begins, ends, continues, text } => {
+                    let part = Part { begins, ends, text, ..part };
+                    options.encode(&bytes, part, continues, &mut out)?;
                 }
                 Contents::Rows(rows) => {
                     rows.each(&piece.name, &options.text_field, |text| {
-                        options.encode_row(text, whole, &mut out);
-                        Ok(())
+                        options.encode_row(text, whole, &mut out)
                     })?;
                 }
                 Contents::Texts(texts) => {
                     for text in &texts {
-                        options.encode_row(text.as_deref(), whole, &mut out);
+                        options.encode_row(text.as_deref(), whole, &mut out)?;
                     }
                 }
             }
@@ -321,43 +328,49 @@ impl Job {
 }
 
 impl Options {
-    fn encode_row(&self, text: Option<&str>, part: Part, out: &mut Encoded) {
+    fn encode_row(&self, text: Option<&str>, part: Part, out: &mut Encoded) -> Outcome {
         match text.filter(|text| !text.trim_ascii().is_empty()) {
             Some(text) => {
                 let part = Part { text: Some(text.len() as u64), ..part };
-                self.encode(text.as_bytes(), part, out);
+                self.encode(text.as_bytes(), part, false, out)
             }
-            None => out.empty += 1,
+            None => {
+                out.empty += 1;
+                Ok(())
+            }
         }
     }
 
-    /// Encodes a text or a part of it, as `part` says, from one mark to the next.
-    fn encode(&self, text: &[u8], part: Part, out: &mut Encoded) {
-        let mark = END_OF_TEXT_MARK.as_bytes();
+    /// Encodes a text or a part of it, as `part` says, from one mark to the next. Its first
+    /// document may continue what came before.
+    fn encode(&self, text: &[u8], part: Part, mut continues: bool, out: &mut Encoded) -> Outcome {
+        let mark = self.tokenizer.mark().filter(|_| self.special).map(str::as_bytes);
         let mut rest = text;
         let mut begins = part.begins;
         loop {
-            let found = match self.special {
-                true => memchr::memmem::find(rest, mark),
-                false => None,
-            };
+            let found = mark.and_then(|mark| memchr::memmem::find(rest, mark));
             let length = found.unwrap_or(rest.len());
             let first = out.tokens.len();
-            self.encode_plain(&rest[..length], &mut out.tokens);
-            if found.is_some() {
-                match self.tokenizer {
-                    Tokenizer::Bytes => out.tokens.extend(mark.iter().map(|&b| u16::from(b))),
-                    Tokenizer::Gpt2 => out.tokens.push(END_OF_TEXT),
-                }
+            let blank = rest[..length].iter().all(u8::is_ascii_whitespace);
+            if !continues && !blank {
+                out.tokens.extend(self.tokenizer.begin());
             }
-            let used = found.map_or(length, |at| at + mark.len());
+            self.encode_plain(&rest[..length], continues, &mut out.tokens)?;
+            let mut used = length;
+            if let (Some(at), Some(mark)) = (found, mark) {
+                match self.tokenizer.separator() {
+                    None => out.tokens.extend(mark.iter().map(|&b| u32::from(b))),
+                    Some(separator) => out.tokens.push(separator),
+                }
+                used = at + mark.len();
+            }
             let ends = part.ends && used == rest.len();
             // Behind a mark at the end there is nothing more to tell.
             if used > 0 || begins || ends {
                 out.parts.push(Part {
                     tokens: out.tokens.len() - first,
                     bytes: used as u64,
-                    blank: rest[..length].iter().all(u8::is_ascii_whitespace),
+                    blank,
                     begins,
                     mark: found.is_some(),
                     ends,
@@ -365,27 +378,37 @@ impl Options {
                 });
             }
             rest = &rest[used..];
-            begins = false;
+            (begins, continues) = (false, false);
             if rest.is_empty() {
-                return;
+                return Ok(());
             }
         }
     }
 
-    /// Encodes text without marks.
-    fn encode_plain(&self, text: &[u8], tokens: &mut Vec<u16>) {
+    /// Encodes text without marks, which may continue a document.
+    fn encode_plain(&self, text: &[u8], mut continues: bool, tokens: &mut Vec<u32>) -> Outcome {
         if self.tokenizer == Tokenizer::Bytes {
-            tokens.extend(text.iter().map(|&b| u16::from(b)));
-            return;
+            tokens.extend(text.iter().map(|&b| u32::from(b)));
+            return Ok(());
         }
         let mut rest = str::from_utf8(text).expect("byte-pair encoding gets valid UTF-8");
+        let mut encode = |text: &str, continues| {
+            tokens.extend(match continues {
+                false => self.tokenizer.encode(text)?,
+                true => self.tokenizer.encode_behind(text)?,
+            });
+            Ok(())
+        };
         // Long rows are cut as long texts are.
-        while rest.len() > MAX_CHUNK {
-            let head = &rest[..rest.floor_char_boundary(MAX_CHUNK)];
-            let cut = cut_point(head).filter(|&cut| cut > 0).unwrap_or(head.len());
-            tokens.extend(self.tokenizer.encode(&rest[..cut]));
+        let longest = longest_chunk(&self.tokenizer);
+        while rest.len() > longest {
+            let head = &rest[..rest.floor_char_boundary(longest)];
+            let cut = self.tokenizer.cut_point(head).filter(|&cut| cut > 0);
+            let cut = cut.or_else(|| self.tokenizer.forced_cut(head)).unwrap_or(head.len());
+            encode(&rest[..cut], continues)?;
             rest = &rest[cut..];
+            continues = true;
         }
-        tokens.extend(self.tokenizer.encode(rest));
+        encode(rest, continues)
     }
 }

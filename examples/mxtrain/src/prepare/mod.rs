@@ -24,7 +24,7 @@ use crate::failure::{Failure, Outcome};
 use crate::lock::RunLock;
 use crate::prepared::{Documents, Meta, Source, TRAIN_FILE, VAL_FILE};
 use crate::signals::Signals;
-use crate::tokens_file::{TokensFile, temporary_name};
+use crate::tokens_file::{TokensFile, Width, temporary_name};
 use encode::Options;
 pub(crate) use inputs::Format;
 use inputs::{Input, Inputs, counted};
@@ -46,6 +46,8 @@ pub(crate) fn run_with(args: &PrepareArgs, signals: &Signals) -> Outcome<ExitCod
             "--val-last: expected two or more inputs, the last for validation; got one",
         ));
     }
+    let tokenizer = args.tokenizer.open(args.end_of_text.as_deref())?;
+    tokenizer.end_of_text()?;
     let inputs = Inputs::find(&args.inputs, args.format, args.val_last, &args.out)?;
     let mut sources: Vec<Source> = (args.inputs.iter())
         .map(|path| Source { path: path.clone(), ..Source::default() })
@@ -59,9 +61,10 @@ pub(crate) fn run_with(args: &PrepareArgs, signals: &Signals) -> Outcome<ExitCod
         paths.iter().map(|path| temporary_name(path)).chain(lock.traces()).collect()
     };
     let lock = signals.making(|| RunLock::take(&args.out), traces)?;
+    Meta::check_place(&args.out, &tokenizer)?;
 
     let options = Options {
-        tokenizer: args.tokenizer,
+        tokenizer: tokenizer.clone(),
         special: !args.no_special,
         text_field: args.text_field.clone(),
         threads: match args.threads {
@@ -77,11 +80,12 @@ pub(crate) fn run_with(args: &PrepareArgs, signals: &Signals) -> Outcome<ExitCod
     // No signal comes in between: what was made after it has removed the others would stay.
     let begin = || {
         fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
-        let [train, val] = paths.clone().map(TokensFile::create);
+        let width = Width::of(tokenizer.vocab_size());
+        let [train, val] = paths.clone().map(|path| TokensFile::create(path, width));
         Ok([train?, val?])
     };
     let files = signals.making(begin, |_| traces(&lock))?;
-    let sets = Sets::new(rule, args.tokenizer, options.special, files, sources);
+    let sets = Sets::new(rule, tokenizer.clone(), options.special, files, sources);
     let skipped = inputs.skipped.in_words();
     let bar = progress_bar(&inputs);
     let (sets, empty) = tokenize(inputs.list, &options, sets, |done| bar.inc(done))?;
@@ -97,14 +101,14 @@ pub(crate) fn run_with(args: &PrepareArgs, signals: &Signals) -> Outcome<ExitCod
     }
 
     let (bytes, documents) = (sets.bytes(), sets.documents());
-    let mut meta = Meta::new(args.tokenizer, sets.sources);
+    let mut meta = Meta::new(&tokenizer, sets.sources);
     meta.documents = Some(documents);
     let train = sets.train.seal()?;
     let val = (sets.val.tokens() > 0).then(|| sets.val.seal()).transpose()?;
     meta.train_tokens = train.tokens();
     meta.val_tokens = val.as_ref().map_or(0, |val| val.tokens());
     // Nor does one come between the files.
-    signals.making(|| meta.publish(&args.out, train, val), |()| Vec::new())?;
+    signals.making(|| meta.publish(&args.out, &tokenizer, train, val), |()| Vec::new())?;
 
     console::print(&summary(args, &meta, documents, bytes))?;
     let empty = (empty > 0).then(|| format!("skipped {} without text", counted(empty, "row")));
@@ -201,17 +205,19 @@ fn short_validation(meta: &Meta) -> Option<String> {
 mod tests {
     use std::io::Write;
     use std::path::{Path, PathBuf};
+    use std::sync::LazyLock;
 
     use proptest::prelude::*;
 
     use super::*;
-    use crate::tokenizer::{END_OF_TEXT, Tokenizer};
+    use crate::tokenizer::{END_OF_TEXT, Named, Tokenizer};
+    use crate::tokenizer_file::samples;
 
     /// What came out of a run.
     #[derive(Debug, PartialEq)]
     struct Made {
-        train: Vec<u16>,
-        val: Vec<u16>,
+        train: Vec<u32>,
+        val: Vec<u32>,
         documents: Documents,
         sources: Vec<Source>,
     }
@@ -220,9 +226,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let last_wins = matches!(rule, Rule::Source(_));
         let inputs = Inputs::find(paths, None, last_wins, dir.path()).unwrap();
-        let files = ["train", "val"].map(|name| TokensFile::create(dir.path().join(name)).unwrap());
+        let create = |name| TokensFile::create(dir.path().join(name), Width::U16).unwrap();
+        let files = ["train", "val"].map(create);
         let sources = vec![Source::default(); paths.len()];
-        let sets = Sets::new(rule, options.tokenizer, options.special, files, sources);
+        let sets = Sets::new(rule, options.tokenizer.clone(), options.special, files, sources);
         let (mut sets, _) = tokenize(inputs.list, options, sets, |_| {})?;
         let tokens = |file: &mut TokensFile| {
             let mut tokens = vec![0; file.tokens() as usize];
@@ -239,10 +246,10 @@ mod tests {
         Options { tokenizer, special: true, text_field, threads: 2, chunk: encode::CHUNK }
     }
 
-    fn decode(tokenizer: Tokenizer, tokens: &[u16]) -> String {
+    fn decode(tokenizer: &Tokenizer, tokens: &[u32]) -> String {
         let mut text = Vec::new();
         for &token in tokens {
-            tokenizer.decode(token.into(), &mut text);
+            tokenizer.decode(token, &mut text);
         }
         String::from_utf8(text).unwrap()
     }
@@ -260,12 +267,12 @@ mod tests {
     }
 
     /// Where a single text is cut, and the tokens of both parts, each encoded alone.
-    fn cut_directly(tokenizer: Tokenizer, text: &str, fraction: f64) -> (Vec<u16>, Vec<u16>) {
+    fn cut_directly(tokenizer: &Tokenizer, text: &str, fraction: f64) -> (Vec<u32>, Vec<u32>) {
         let wanted = (text.len() as f64 * (1.0 - fraction)).round() as usize;
         let line = text.as_bytes()[wanted - 1..].iter().position(|&b| b == b'\n');
         let line = line.map(|at| wanted + at).filter(|&at| at < text.len());
         let cut = line.unwrap_or_else(|| text.ceil_char_boundary(wanted));
-        (tokenizer.encode(&text[..cut]), tokenizer.encode(&text[cut..]))
+        (tokenizer.encode(&text[..cut]).unwrap(), tokenizer.encode(&text[cut..]).unwrap())
     }
 
     #[test]
@@ -279,9 +286,10 @@ mod tests {
             let paths = files(dir.path(), &[text.to_owned()]);
             for tokenizer in [Tokenizer::Bytes, Tokenizer::Gpt2] {
                 for fraction in [0.05, 0.1, 0.31, 0.5, 0.8] {
-                    let made = make(&paths, &options(tokenizer), Rule::Fraction(fraction)).unwrap();
-                    let (train, val) = cut_directly(tokenizer, text, fraction);
-                    let rest = decode(tokenizer, &made.val);
+                    let made = make(&paths, &options(tokenizer.clone()), Rule::Fraction(fraction))
+                        .unwrap();
+                    let (train, val) = cut_directly(&tokenizer, text, fraction);
+                    let rest = decode(&tokenizer, &made.val);
                     // Between letters without a space the tokens around the cut may differ.
                     if text != unbroken {
                         assert_eq!(made.train, train, "{tokenizer} {fraction} {text:?}");
@@ -290,8 +298,8 @@ mod tests {
                             continue; // a part that rounds to nothing
                         }
                     }
-                    assert_eq!(decode(tokenizer, &made.train) + &rest, text);
-                    assert_eq!(rest, decode(tokenizer, &val), "{tokenizer} {fraction}");
+                    assert_eq!(decode(&tokenizer, &made.train) + &rest, text);
+                    assert_eq!(rest, decode(&tokenizer, &val), "{tokenizer} {fraction}");
                     let source = &made.sources[0];
                     assert_eq!(source.val_bytes, rest.len() as u64);
                     assert_eq!(source.train_bytes + source.val_bytes, text.len() as u64);
@@ -360,7 +368,7 @@ mod tests {
             let mark = |text: &str| text.replace('|', "<|endoftext|>");
             let paths = files(dir.path(), &files_of.iter().map(|t| mark(t)).collect::<Vec<_>>());
             let made = make(&paths, &options(Tokenizer::Gpt2), Rule::Fraction(0.05)).unwrap();
-            let [found, found_val] = [&made.train, &made.val].map(|t| decode(Tokenizer::Gpt2, t));
+            let [found, found_val] = [&made.train, &made.val].map(|t| decode(&Tokenizer::Gpt2, t));
             assert_eq!((found, found_val), (mark(train), mark(val)), "{files_of:?}");
             assert_eq!(made.documents.val, 1);
             for path in paths {
@@ -387,7 +395,7 @@ mod tests {
         // (The mark at the fifth's beginning is there already.)
         let expected =
             expected.replace("fourth <|endoftext|>fifth", "fourth <|endoftext|><|endoftext|>fifth");
-        assert_eq!(decode(Tokenizer::Gpt2, &made.train), expected);
+        assert_eq!(decode(&Tokenizer::Gpt2, &made.train), expected);
         assert_eq!(made.train.iter().filter(|&&t| t == END_OF_TEXT).count(), 7);
         assert_eq!(made.documents, Documents { train: 5, val: 0, cut: false });
 
@@ -399,7 +407,7 @@ mod tests {
 
         // Bytes stay bytes.
         let made = make(&paths, &options(Tokenizer::Bytes), rule).unwrap();
-        assert_eq!(decode(Tokenizer::Bytes, &made.train), texts.concat());
+        assert_eq!(decode(&Tokenizer::Bytes, &made.train), texts.concat());
         assert_eq!(made.documents.train, 5);
     }
 
@@ -448,6 +456,12 @@ mod tests {
         assert!(ahead <= 12 << 20, "{ahead} bytes were held");
     }
 
+    static SMOL: LazyLock<Tokenizer> = LazyLock::new(|| {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("tokenizer.json"), samples::smol().to_string()).unwrap();
+        Named::Path(dir.path().into()).open(None).unwrap()
+    });
+
     /// Documents that are told apart by their first word, with what makes cutting hard.
     fn documents() -> impl Strategy<Value = Vec<String>> {
         let word = prop::sample::select(vec![
@@ -488,9 +502,9 @@ mod tests {
             chunk in 1_usize..80,
             threads in 1_usize..5,
             fraction in prop::sample::select(vec![0.0, 0.05, 0.3, 0.5, 0.9]),
-            gpt2 in any::<bool>(),
+            tokenizer in 0..3_usize,
         ) {
-            let tokenizer = if gpt2 { Tokenizer::Gpt2 } else { Tokenizer::Bytes };
+            let tokenizer = [Tokenizer::Bytes, Tokenizer::Gpt2, SMOL.clone()][tokenizer].clone();
             let mark = "<|endoftext|>";
             // Documents in files of their own, behind a mark, or as rows.
             let mut contents: Vec<String> = Vec::new();
@@ -507,11 +521,11 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let paths = files(dir.path(), &contents);
             let rule = Rule::Fraction(fraction);
-            let made = make(&paths, &options(tokenizer), rule).unwrap();
-            let small = Options { chunk, threads, ..options(tokenizer) };
+            let made = make(&paths, &options(tokenizer.clone()), rule).unwrap();
+            let small = Options { chunk, threads, ..options(tokenizer.clone()) };
             prop_assert_eq!(&make(&paths, &small, rule).unwrap(), &made);
 
-            let [train, val] = [&made.train, &made.val].map(|tokens| decode(tokenizer, tokens));
+            let [train, val] = [&made.train, &made.val].map(|tokens| decode(&tokenizer, tokens));
             let mut found = 0;
             for (i, text) in texts.iter().enumerate() {
                 let begin = format!("#{i}#");
@@ -523,7 +537,7 @@ mod tests {
             prop_assert_eq!(found as u64, made.documents.val);
             prop_assert_eq!(fraction > 0.0, found > 0);
             prop_assert!(found < texts.len());
-            if fraction == 0.0 && tokenizer == Tokenizer::Gpt2 {
+            if fraction == 0.0 && tokenizer != Tokenizer::Bytes {
                 prop_assert_eq!(train, texts.join(mark));
             }
         }

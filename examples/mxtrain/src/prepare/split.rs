@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::encode::{Encoded, Part};
 use crate::failure::Outcome;
 use crate::prepared::{Documents, Source};
-use crate::tokenizer::{END_OF_TEXT, END_OF_TEXT_MARK, Tokenizer, cut_point};
+use crate::tokenizer::Tokenizer;
 use crate::tokens_file::TokensFile;
 
 /// A document that is longer is decided on before its end is seen. (Decisions depend on the text
@@ -64,7 +64,7 @@ pub(super) struct Sets {
 #[derive(Default)]
 struct Document {
     /// Tokens that are held back until it is decided where they go.
-    tokens: Vec<u16>,
+    tokens: Vec<u32>,
     bytes: u64,
     blank: bool,
     /// Where it goes, and where it begins there, once that is decided.
@@ -130,7 +130,7 @@ impl Sets {
         Ok(())
     }
 
-    fn part(&mut self, part: &Part, tokens: &[u16]) -> Outcome {
+    fn part(&mut self, part: &Part, tokens: &[u32]) -> Outcome {
         if part.begins {
             self.previous = None;
             self.begin(part.text);
@@ -262,7 +262,7 @@ impl Sets {
     fn move_document(&mut self, document: &Written) -> Outcome {
         let mut range = document.tokens.clone();
         let separator = self.tokenizer.separator();
-        let mut token_at = |place: Option<u64>| -> Outcome<Option<u16>> {
+        let mut token_at = |place: Option<u64>| -> Outcome<Option<u32>> {
             let Some(place) = place.filter(|&place| place < self.train.tokens()) else {
                 return Ok(None);
             };
@@ -273,10 +273,12 @@ impl Sets {
         let before = token_at(range.start.checked_sub(1))?;
         let behind = token_at(Some(range.end))?;
         self.train.copy(range.clone(), &mut self.val)?;
-        // Its own mark goes with it; of two separators around it, one is left.
+        // Its own mark goes with it; of two separators around it, one is left. One that begins
+        // documents is theirs.
         if document.separated {
             range.start -= 1;
         } else if separator.is_some()
+            && self.tokenizer.begin().first().copied() != separator
             && behind == separator
             && (before.is_none() || before == separator)
         {
@@ -302,9 +304,12 @@ impl Sets {
         if wanted >= length {
             return Ok(());
         }
-        let tokenizer = self.tokenizer;
+        let tokenizer = self.tokenizer.clone();
         let lengths = tokenizer.token_lengths();
-        let size = |token: u16| u64::from(lengths[usize::from(token)]);
+        if tokenizer.file().is_some() {
+            return self.cut_tokens(fraction, document, &lengths);
+        }
+        let size = |token: u32| u64::from(lengths[token as usize]);
 
         // The tokens around the wanted place, found from the end.
         let (mut first, mut offset) = (self.train.tokens(), length);
@@ -330,7 +335,7 @@ impl Sets {
             self.train.read(next, &mut block[..count])?;
             for &token in &block[..count] {
                 bounds.push(window.len());
-                tokenizer.decode(token.into(), &mut window);
+                tokenizer.decode(token, &mut window);
             }
             next += count as u64;
         }
@@ -342,7 +347,7 @@ impl Sets {
         let is_bound = |at: &usize| bounds.binary_search(at).is_ok();
         // Where there is no such place in the window, its ends will do, or the token's nearest.
         let near = |at: &usize| is_character(&window, *at);
-        let left = safe_before(&window, inside).filter(is_bound).unwrap_or_else(|| {
+        let left = safe_before(&tokenizer, &window, inside).filter(is_bound).unwrap_or_else(|| {
             let bound = bounds.iter().rev().copied().find(|at| *at <= inside && near(at));
             bound.filter(|_| offset > 0).unwrap_or(0)
         });
@@ -353,13 +358,57 @@ impl Sets {
         });
         let place = |at: usize| first + bounds.binary_search(&at).unwrap_or(0) as u64;
         let (keep, tail) = (place(left), place(right));
-        let before = self.encode(&window[left..inside]);
-        let behind = self.encode(&window[inside..right]);
+        let before = self.encode(&window[left..inside])?;
+        let behind = self.encode(&window[inside..right])?;
         self.val.push(&behind)?;
         self.train.copy(tail..self.train.tokens(), &mut self.val)?;
         self.train.remove(keep..self.train.tokens())?;
         self.train.push(&before)?;
 
+        self.count_cut(cut, document);
+        Ok(())
+    }
+
+    /// Cuts the only document of a tokenizer that a file describes: behind a token that ends a line
+    /// where one is near, else before one that begins a character. What its tokens have of the text
+    /// is known nearly enough, so they stay as they are, behind those that begin a document.
+    fn cut_tokens(&mut self, fraction: f64, document: &Written, lengths: &[u32]) -> Outcome {
+        let begin = self.tokenizer.begin().to_vec();
+        let (all, length) = (self.train.tokens(), self.bytes[0]);
+        let first = document.tokens.start + begin.len() as u64;
+        let share = (all.saturating_sub(first) as f64 * (1.0 - fraction)).round() as u64;
+        let wanted = (first + share.max(1)).min(all);
+        let mut near = vec![0; (all - wanted).min(SPLIT_SEARCH) as usize];
+        self.train.read(wanted, &mut near)?;
+        let texts = near.iter().map(|&token| self.tokenizer.bytes(token));
+        let mut line = texts.clone().enumerate().filter(|(_, text)| text.ends_with(b"\n"));
+        let line = line.next().map(|(at, _)| wanted + at as u64 + 1).filter(|&at| at < all);
+        let mut character = texts.enumerate().filter(|(_, text)| is_character(text, 0));
+        let character = || character.next().map(|(at, _)| wanted + at as u64);
+        let Some(cut) = line.or_else(character) else { return Ok(()) };
+
+        let (mut parts, mut block) = ([0, 0], vec![0; 1 << 16]);
+        let mut next = first;
+        while next < all {
+            let count = (all - next).min(block.len() as u64) as usize;
+            self.train.read(next, &mut block[..count])?;
+            for (at, token) in (next..).zip(&block[..count]) {
+                parts[usize::from(at >= cut)] += u64::from(lengths[*token as usize]);
+            }
+            next += count as u64;
+        }
+        let [before, behind] = parts.map(|bytes| bytes as f64);
+        let bytes = (length as f64 * before / (before + behind).max(1.0)).round() as u64;
+        self.val.push(&begin)?;
+        self.train.copy(cut..all, &mut self.val)?;
+        self.train.remove(cut..all)?;
+        self.count_cut(bytes, document);
+        Ok(())
+    }
+
+    /// Counts the parts of the only document, which was cut at this byte.
+    fn count_cut(&mut self, cut: u64, document: &Written) {
+        let length = self.bytes[0];
         self.cut = true;
         self.bytes = [cut, length - cut];
         self.documents = [u64::from(cut > 0), u64::from(cut < length)];
@@ -369,25 +418,24 @@ impl Sets {
         let count = &mut self.sources[document.source];
         (count.train_bytes, count.val_bytes) = (cut, length - cut);
         [count.train_documents, count.val_documents] = self.documents;
-        Ok(())
     }
 
     /// Tokens of a text, marks in it included. What is no UTF-8 lies outside of what it is given.
-    fn encode(&self, text: &[u8]) -> Vec<u16> {
+    fn encode(&self, text: &[u8]) -> Outcome<Vec<u32>> {
         if self.tokenizer == Tokenizer::Bytes {
-            return text.iter().map(|&b| b.into()).collect();
+            return Ok(text.iter().map(|&b| b.into()).collect());
         }
         let text = String::from_utf8_lossy(text);
         let mut tokens = Vec::new();
-        let pieces = match self.special {
-            true => text.split(END_OF_TEXT_MARK).collect(),
-            false => vec![&*text],
+        let pieces = match self.tokenizer.mark().filter(|_| self.special) {
+            Some(mark) => text.split(mark).collect(),
+            None => vec![&*text],
         };
         for (i, piece) in pieces.into_iter().enumerate() {
-            tokens.extend((i > 0).then_some(END_OF_TEXT));
-            tokens.extend(self.tokenizer.encode(piece));
+            tokens.extend(self.tokenizer.separator().filter(|_| i > 0));
+            tokens.extend(self.tokenizer.encode(piece)?);
         }
-        tokens
+        Ok(tokens)
     }
 
     fn file(&mut self, set: Set) -> &mut TokensFile {
@@ -412,10 +460,10 @@ fn line_or_character(window: &[u8], wanted: u64, offset: u64, length: u64) -> us
 }
 
 /// The last place before `end` where encoding may be cut.
-fn safe_before(window: &[u8], end: usize) -> Option<usize> {
+fn safe_before(tokenizer: &Tokenizer, window: &[u8], end: usize) -> Option<usize> {
     let text = &window[..end];
     let begin = text.iter().position(|&b| b & 0xc0 != 0x80)?;
-    cut_point(str::from_utf8(&text[begin..]).ok()?).map(|at| begin + at)
+    tokenizer.cut_point(str::from_utf8(&text[begin..]).ok()?).map(|at| begin + at)
 }
 
 /// The first place behind `begin` where encoding may be cut.

@@ -4,17 +4,26 @@ use std::mem;
 
 use super::content::Content;
 use crate::failure::{Failure, Outcome};
-use crate::tokenizer::{END_OF_TEXT_MARK, Tokenizer, cut_point};
+use crate::tokenizer::Tokenizer;
 
-/// A chunk grows to this size in search of a place to cut. Text without a space or a line break in
+/// How long a chunk may grow in search of a place to cut. Text without a space or a line break in
 /// 4 MiB is cut between two characters, which costs a token or so.
-pub(super) const MAX_CHUNK: usize = 4 << 20;
+///
+/// Of some tokenizers no place is known where a text may be cut. Their documents are encoded whole
+/// up to 1 MiB, of which encoding takes some 150; longer ones are cut before a word, as their
+/// tokens of words mostly allow, or between two characters. So memory is bounded, however long a
+/// document is.
+pub(super) fn longest_chunk(tokenizer: &Tokenizer) -> usize {
+    if tokenizer.is_cut_nowhere() { 1 << 20 } else { 4 << 20 }
+}
 
-/// Reads a text in chunks. For byte-pair encoding each is valid UTF-8 and ends where encoding may
-/// be cut; no chunk ends inside a mark between documents.
+/// Reads a text in chunks. But for bytes each is valid UTF-8 and ends where encoding may be cut, or
+/// where a document does; no chunk ends inside a mark between documents.
 pub(super) struct TextReader {
     content: Content,
     tokenizer: Tokenizer,
+    /// What ends a document inside the text.
+    mark: Option<String>,
     /// Read, not yet given out.
     pending: Vec<u8>,
     /// Place of `pending` in the text.
@@ -25,9 +34,14 @@ pub(super) struct TextReader {
 
 impl TextReader {
     /// Reads chunks of about `chunk` bytes.
-    pub(super) fn new(mut content: Content, tokenizer: Tokenizer, chunk: usize) -> Self {
+    pub(super) fn new(
+        mut content: Content,
+        tokenizer: Tokenizer,
+        mark: Option<String>,
+        chunk: usize,
+    ) -> Self {
         let pending = mem::take(&mut content.head);
-        Self { content, tokenizer, pending, offset: 0, chunk, at_end: false }
+        Self { content, tokenizer, mark, pending, offset: 0, chunk, at_end: false }
     }
 
     /// Bytes of the file that have been read.
@@ -69,16 +83,25 @@ impl TextReader {
         if whole {
             return match self.tokenizer {
                 Tokenizer::Bytes => Ok(Some(pending.len())),
-                Tokenizer::Gpt2 => Ok(Some(self.valid(pending, true)?.len())),
+                _ => Ok(Some(self.valid(pending, true)?.len())),
             };
         }
-        let forced = |length| Some(before_partial_mark(&pending[..length])).filter(|&cut| cut > 0);
+        let mark = self.mark.as_deref().unwrap_or_default();
+        let forced =
+            |length| Some(before_partial_mark(&pending[..length], mark)).filter(|&cut| cut > 0);
         if self.tokenizer == Tokenizer::Bytes {
             return Ok(forced(pending.len()));
         }
         let valid = self.valid(pending, false)?;
-        Ok(match cut_point(valid) {
-            None if target >= MAX_CHUNK => forced(valid.len()),
+        let behind_mark = || {
+            let is_wanted = self.tokenizer.file().is_some() && !mark.is_empty();
+            valid.rfind(mark).filter(|_| is_wanted).map(|at| at + mark.len())
+        };
+        Ok(match self.tokenizer.cut_point(valid).or_else(behind_mark) {
+            None if target >= longest_chunk(&self.tokenizer) => {
+                let length = forced(valid.len());
+                length.and_then(|length| self.tokenizer.forced_cut(&valid[..length])).or(length)
+            }
             found => found,
         })
     }
@@ -112,8 +135,8 @@ impl TextReader {
 }
 
 /// The end of `bytes`, or where a mark begins that goes on behind them.
-fn before_partial_mark(bytes: &[u8]) -> usize {
-    let mark = END_OF_TEXT_MARK.as_bytes();
+fn before_partial_mark(bytes: &[u8], mark: &str) -> usize {
+    let mark = mark.as_bytes();
     let longest = (1..mark.len()).rev().find(|&n| bytes.ends_with(&mark[..n])).unwrap_or(0);
     bytes.len() - longest
 }

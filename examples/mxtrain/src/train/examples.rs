@@ -24,9 +24,9 @@ const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// Examples as tokens, one behind the other.
 pub(crate) struct Examples {
-    tokens: Vec<u16>,
+    tokens: Vec<u32>,
     all: Vec<Example>,
-    end: u16,
+    end: u32,
 }
 
 /// Where an example lies.
@@ -50,7 +50,7 @@ pub(crate) struct Size {
 
 impl Examples {
     /// Reads a file.
-    pub(crate) fn read(path: &Path, args: &ExampleArgs, tokenizer: Tokenizer) -> Outcome<Self> {
+    pub(crate) fn read(path: &Path, args: &ExampleArgs, tokenizer: &Tokenizer) -> Outcome<Self> {
         let mut file = BufReader::new(File::open(path).map_err(Failure::io("open", path))?);
         let head = file.fill_buf().map_err(Failure::io("read", path))?;
         if head.trim_ascii_start().starts_with(b"[") {
@@ -64,7 +64,7 @@ impl Examples {
             file.consume(BYTE_ORDER_MARK.len());
         }
         let rows = serde_json::Deserializer::from_reader(file).into_iter();
-        let end = tokenizer.separator().map_or_else(|| b'\n'.into(), u16::from);
+        let end = tokenizer.end_of_text()?.unwrap_or_else(|| b'\n'.into());
         let mut examples = Self { tokens: Vec::new(), all: Vec::new(), end };
         for (number, row) in rows.enumerate() {
             let row: Map<String, Value> = row.map_err(|error| {
@@ -75,7 +75,7 @@ impl Examples {
             })?;
             let text = |name: &str| text_of(&row, name, (path, number + 1));
             let prompt = text(&args.prompt_field)? + &args.between;
-            examples.push(&prompt, &text(&args.answer_field)?, tokenizer);
+            examples.push(&prompt, &text(&args.answer_field)?, tokenizer)?;
         }
         if examples.all.is_empty() {
             return Err(Failure::usage(format!("{}: no example in it", path.display())));
@@ -83,14 +83,14 @@ impl Examples {
         Ok(examples)
     }
 
-    fn push(&mut self, prompt: &str, answer: &str, tokenizer: Tokenizer) {
+    fn push(&mut self, prompt: &str, answer: &str, tokenizer: &Tokenizer) -> Outcome {
         let first = self.tokens.len();
-        // Vocabularies of our tokenizers have 16 bits.
-        self.tokens.extend(tokenizer.encode_prompt(prompt).into_iter().map(|token| token as u16));
+        self.tokens.extend(tokenizer.encode_prompt(prompt)?);
         let of_answer = self.tokens.len();
-        self.tokens.extend(tokenizer.encode(answer));
+        self.tokens.extend(tokenizer.encode_behind(answer)?);
         self.tokens.push(self.end);
         self.all.push(Example { first, answer: of_answer, end: self.tokens.len() });
+        Ok(())
     }
 
     pub(crate) fn size(&self) -> Size {
@@ -117,7 +117,7 @@ impl Examples {
         weights: &mut [f32],
         documents: &mut [u32],
     ) {
-        tokens.fill(self.end.into());
+        tokens.fill(self.end);
         weights.fill(0.0);
         documents.fill(numbers.end as u32);
         let mut place = 0;
@@ -128,8 +128,7 @@ impl Examples {
             let excess = (end - first).saturating_sub(room);
             let first = first + excess.min(answer - first - 1);
             let taken = (end - first).min(room);
-            let (to, of_example) = (&mut tokens[place..], &self.tokens[first..]);
-            to.iter_mut().zip(&of_example[..taken]).for_each(|(to, token)| *to = (*token).into());
+            tokens[place..][..taken].copy_from_slice(&self.tokens[first..][..taken]);
             // The weight of a target stands with the token before it.
             let learned = place + answer - first - 1..place + taken - 1;
             weights[learned].fill(1.0);
@@ -233,7 +232,7 @@ mod tests {
     fn read(text: &str) -> Outcome<Examples> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
-        Examples::read(file.path(), &args(), Tokenizer::Bytes)
+        Examples::read(file.path(), &args(), &Tokenizer::Bytes)
     }
 
     fn window(examples: &Examples, number: usize, length: usize) -> (String, Vec<f32>) {

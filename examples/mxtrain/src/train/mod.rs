@@ -247,8 +247,11 @@ impl Run {
         data.check(start.config().vocab_size, start.sequence_length())?;
         let origin =
             [&args.start.resume, &args.start.init_from].into_iter().find_map(Option::as_deref);
-        let files =
-            hugging_face::Files::new(origin, data.tokenizer, start.config().context_length)?;
+        let files = hugging_face::Files::new(
+            origin,
+            data.tokenizer.clone(),
+            start.config().context_length,
+        )?;
         let end_tokens = files.end_tokens(start.config().vocab_size)?;
         let plan = start.plan(&engine)?;
         let mut failures = Failures::default();
@@ -490,7 +493,7 @@ impl Run {
             }
             line.push_str(&format!(
                 "  validation {}",
-                console::loss_in_words(stats.loss, self.tokenizer)
+                console::loss_in_words(stats.loss, self.tokenizer == Some(Tokenizer::Bytes))
             ));
             if let Some(sharpness) = &stats.sharpness {
                 line.push_str(&format!("  {}", console::sharpness_in_words(sharpness)));
@@ -507,7 +510,7 @@ impl Run {
     /// Prints a sample of the model's text. The same seed every time, so that samples show what
     /// training changes.
     fn sample(&mut self) {
-        let Some(tokenizer) = self.tokenizer else { return };
+        let Some(tokenizer) = &self.tokenizer else { return };
         let options = GenerateOptions {
             max_tokens: SAMPLE_TOKENS,
             stop_tokens: self.end_tokens.clone(),
@@ -515,8 +518,9 @@ impl Run {
         };
         let mut text = format!("--- sample at step {} ---\n", self.trainer.steps_done());
         text.push_str(&self.sample_prompt);
-        let mut stream = TextStream::new(tokenizer);
         let prompt = tokenizer.encode_prompt(&self.sample_prompt);
+        let Some(prompt) = self.failures.unless(Side::Sample, prompt) else { return };
+        let mut stream = TextStream::behind(tokenizer, &prompt);
         let sampled = self.trainer.model().generate(&prompt, &options, &mut |token| {
             if !options.stop_tokens.contains(&token) {
                 text.push_str(&stream.push(token));
@@ -556,7 +560,8 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         Some(of) => (run_tokens / sequence as u64) as f64 / of.windows as f64,
         None => run_tokens as f64 / data.train.token_count().max(1) as f64,
     };
-    let tokenizer = data.tokenizer.map_or_else(String::new, |t| format!(", tokenizer {t}"));
+    let tokenizer =
+        data.tokenizer.as_ref().map_or_else(String::new, |t| format!(", tokenizer {t}"));
     let from = match start {
         Start::New(..) => "new".to_owned(),
         Start::Weights(..) => "loaded weights".to_owned(),

@@ -30,7 +30,7 @@ use crate::lock;
 use crate::parse::Parsed;
 use crate::prepared::Meta;
 use crate::run_file::RunFile;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Kind, Named, Tokenizer};
 
 /// Tokens to train on and to measure with.
 pub(crate) struct Data {
@@ -67,7 +67,14 @@ impl Data {
             if args.data.examples.val_examples.is_some() {
                 return Err(Failure::usage("--val-examples goes with --examples"));
             }
-            return Self::open(&args.data);
+            let mut data = Self::open(&args.data)?;
+            if let (None, Some(dir)) = (&data.tokenizer, &args.start.resume)
+                && let Some(kind @ Kind::File { .. }) =
+                    RunFile::read(dir)?.and_then(|run| run.tokenizer)
+            {
+                data.tokenizer = Some(kind.open(&Model::folder_of(dir))?);
+            }
+            return Ok(data);
         };
         for (option, is_given) in [
             ("data", args.data.data.is_some()),
@@ -86,16 +93,18 @@ impl Data {
                 "--sharpness: is of all targets, and of --examples only answers count; leave it out",
             ));
         }
-        let tokenizer = match (args.data.tokenizer, resume.as_ref().or(init_from.as_ref())) {
-            (Some(tokenizer), _) => tokenizer,
+        let DataArgs { tokenizer, end_of_text, .. } = &args.data;
+        let tokenizer = match (tokenizer, resume.as_ref().or(init_from.as_ref())) {
+            (Some(named), _) => named.open(end_of_text.as_deref())?,
             (None, Some(dir)) => hugging_face::tokenizer_to_read(dir, None, usize::MAX)?,
             (None, None) => {
                 return Err(Failure::usage(
-                    "--tokenizer is missing: how the text of --examples becomes tokens, bytes or gpt2",
+                    "--tokenizer is missing: how the text of --examples becomes tokens; bytes, gpt2, or the \
+                     path of a tokenizer.json",
                 ));
             }
         };
-        let read = |path: &Path| Examples::read(path, &args.data.examples, tokenizer);
+        let read = |path: &Path| Examples::read(path, &args.data.examples, &tokenizer);
         let train = Arc::new(read(path)?);
         let val = args.data.examples.val_examples.as_deref().map(read).transpose()?.map(Arc::new);
         let lengths = |of: &Arc<Examples>| of.lengths();
@@ -111,8 +120,8 @@ impl Data {
             train: train.dataset()?,
             val: val.as_ref().map(Examples::dataset).transpose()?,
             name: path.display().to_string(),
-            tokenizer: Some(tokenizer),
             vocab_size: Some(tokenizer.vocab_size()),
+            tokenizer: Some(tokenizer),
             examples: Some(examples),
         })
     }
@@ -131,8 +140,8 @@ impl Data {
         if !args.document_mask || self.examples.is_some() {
             return Ok(None);
         }
-        match self.tokenizer.map(Tokenizer::separator) {
-            Some(Some(end)) => Ok(Some(end.into())),
+        match self.tokenizer.as_ref().map(Tokenizer::end_of_text).transpose()? {
+            Some(Some(end)) => Ok(Some(end)),
             Some(None) => Err(Failure::usage(
                 "--document-mask: no token of --tokenizer bytes ends a document; prepare the data with \
                  --tokenizer gpt2, or leave the option out",
@@ -199,10 +208,16 @@ impl Data {
             (Some(_), None) if args.val.is_some() => {
                 Err(Failure::usage("--val goes with --train; the folder of --data has its own"))
             }
+            (Some(_), None) if args.end_of_text.is_some() => Err(Failure::usage(
+                "--end-of-text: the folder of --data says which token that is; leave the option out",
+            )),
             (Some(dir), None) => {
-                let open = |meta: &Meta| Ok((meta.open_train(dir)?, meta.open_val(dir)?));
-                let (meta, (train, val)) = Meta::read_with(dir, open)?;
-                if args.tokenizer.is_some_and(|tokenizer| tokenizer != meta.tokenizer) {
+                let open = |meta: &Meta| {
+                    Ok((meta.open_train(dir)?, meta.open_val(dir)?, meta.tokenizer.open(dir)?))
+                };
+                let (meta, (train, val, tokenizer)) = Meta::read_with(dir, open)?;
+                let named = args.tokenizer.as_ref().map(|named| named.open(None)).transpose()?;
+                if named.is_some_and(|named| named != tokenizer) {
                     return Err(Failure::usage(format!(
                         "--tokenizer: {} was prepared with {}; leave the option out",
                         dir.display(),
@@ -213,19 +228,26 @@ impl Data {
                     train,
                     val,
                     name: dir.display().to_string(),
-                    tokenizer: Some(meta.tokenizer),
+                    tokenizer: Some(tokenizer),
                     vocab_size: Some(meta.vocab_size),
                     examples: None,
                 })
             }
-            (None, Some(pattern)) => Ok(Self {
-                train: open("--train", pattern, &args.tokens)?,
-                val: args.val.as_deref().map(|val| open("--val", val, &args.tokens)).transpose()?,
-                name: pattern.display().to_string(),
-                tokenizer: args.tokenizer,
-                vocab_size: args.tokenizer.map(Tokenizer::vocab_size),
-                examples: None,
-            }),
+            (None, Some(pattern)) => {
+                let end = args.end_of_text.as_deref();
+                let named = args.tokenizer.as_ref();
+                let tokenizer = named.map(|named| named.open(end)).transpose()?;
+                Ok(Self {
+                    train: open("--train", pattern, &args.tokens)?,
+                    val: (args.val.as_deref())
+                        .map(|val| open("--val", val, &args.tokens))
+                        .transpose()?,
+                    name: pattern.display().to_string(),
+                    vocab_size: tokenizer.as_ref().map(Tokenizer::vocab_size),
+                    tokenizer,
+                    examples: None,
+                })
+            }
         }
     }
 }
@@ -798,9 +820,14 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
         keep("document-mask", Some(text(true)));
     }
     // Of examples the checkpoint may say it, which they are read by.
-    let of_data = || data.tokenizer.filter(|_| examples.is_some());
-    let tokenizer = args.data.tokenizer.or_else(of_data);
-    keep("tokenizer", tokenizer.map(text));
+    let of_data = || data.tokenizer.as_ref().filter(|_| examples.is_some());
+    let tokenizer = match (&args.data.tokenizer, of_data()) {
+        // Beside the checkpoint, from where it is read again wherever that is.
+        (Some(Named::Path(_)), _) | (None, Some(Tokenizer::File(_)) | None) => None,
+        (Some(named), _) => Some(text(named)),
+        (None, Some(tokenizer)) => Some(text(tokenizer)),
+    };
+    keep("tokenizer", tokenizer);
     keep("eval-every", args.report.measure.eval_every.map(text));
     keep("sharpness", args.report.sharpness.sharpness.map(text));
     keep("save-every", args.start.save_every.map(text));
@@ -814,7 +841,8 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
         let inside = place.as_ref().filter(|place| is_inside(place)).and_then(|p| p.file_name());
         keep(name, inside.map(OsStr::to_owned).or_else(|| place.map(PathBuf::into_os_string)));
     }
-    let mut file = RunFile::new(data.tokenizer, options);
+    let kind = data.tokenizer.as_ref().map(Tokenizer::kind);
+    let mut file = RunFile::new(kind, options);
     file.train_tokens = Some(data.tokens());
     file
 }

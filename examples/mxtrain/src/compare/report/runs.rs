@@ -229,7 +229,8 @@ impl Group {
     /// How the runs were made, in lines.
     pub(crate) fn about(&self) -> Vec<String> {
         let s = self.settings();
-        let tokenizer = s.data.tokenizer.map_or_else(String::new, |t| format!(", tokenizer {t}"));
+        let tokenizer =
+            s.data.tokenizer.as_ref().map_or_else(String::new, |t| format!(", tokenizer {t}"));
         let drop = s.token_drop.as_ref().map(|drop| format!(", token drop {drop}"));
         let drop = drop.unwrap_or_default();
         let mut lines = vec![
