@@ -98,6 +98,8 @@ def check_texts(folder):
         return subprocess.run([program, *arguments], check=True, capture_output=True).stdout.decode()
 
     kind = json.loads((folder / "mxtrain.json").read_text())["tokenizer"]
+    if not isinstance(kind, str):
+        kind = str(folder)  # a file in it
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder).eval()
     texts = TEXTS + [(ROOT / name).read_text() for name in ("README.md", "dev/check_transformers.py")]
