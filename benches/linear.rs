@@ -8,7 +8,7 @@ use std::time::Instant;
 use mxfp4train::Recipe;
 use mxfp4train::backend::cpu::{Buffer, Cpu};
 use mxfp4train::backend::{
-    AttentionShape, HeadShape, Linear, LinearBackward, LinearShape, Memory, NormShape,
+    AttentionShape, HeadShape, Linear, LinearBackward, LinearShape, Memory, NormKind, NormShape,
     OutputGradient, Precision, Sequences, WorkspaceShape,
 };
 use mxfp4train::formats::Random;
@@ -42,7 +42,7 @@ fn main() {
         let precision = Precision::F32;
         let workspace_shape = WorkspaceShape {
             linears: &linears,
-            norm: NormShape { rows: 1, channels: 1, epsilon: 0.0 },
+            norm: NormShape { rows: 1, channels: 1, epsilon: 0.0, kind: NormKind::Layer },
             attention: AttentionShape {
                 sequences,
                 heads: 1,

@@ -2,7 +2,8 @@
 """Makes an oracle of any size, of the form of tests/oracle/gpt2-tiny, with PyTorch and transformers.
 
 Usage: python3 dev/make_oracle.py OUT VOCAB SEQUENCE CHANNELS HEADS LAYERS BATCH CONTEXT [KEY=JSON..]
-       with keys of GPT2Config, such as n_inner=37 or tie_word_embeddings=false
+       with keys of GPT2Config, such as n_inner=37 or tie_word_embeddings=false, or with
+       model_type='"llama"', mistral, qwen2 or qwen3 and keys of its class, intermediate_size for one
 Then:  MXT_ORACLE=OUT cargo test --test oracle
 """
 import json
@@ -11,7 +12,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SETTINGS = (
     "AdamW lr 1e-3 betas 0.9 0.95 eps 1e-8; weight_decay 0.1 on tensors of 2 or more dimensions, "
@@ -27,13 +28,19 @@ def main():
     keys = dict(pair.split("=", 1) for pair in sys.argv[9:])
     keys = {key: json.loads(value) for key, value in keys.items()}
     torch.manual_seed(vocab)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocab, n_positions=context, n_embd=channels, n_head=heads, n_layer=layers,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-            **keys,
-        )
+    sizes = dict(
+        n_positions=context, n_embd=channels, n_head=heads, n_layer=layers, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0,
     )
+    kind = keys.pop("model_type", "gpt2")
+    if kind != "gpt2":
+        sizes = dict(
+            max_position_embeddings=context, hidden_size=channels, num_attention_heads=heads,
+            num_hidden_layers=layers, pad_token_id=None,
+        )
+    settings = dict(vocab_size=vocab, bos_token_id=0, eos_token_id=0) | sizes | keys
+    config = AutoConfig.for_model(kind, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():  # so that no bias is 0 and no norm's weight 1
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -209,7 +209,24 @@ typedef enum mxt_architecture {
   // GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one
   // matrix for the embedding and the head unless tied_head is 0.
   MXT_ARCHITECTURE_GPT2 = 0,
+  // Llama: RMSNorm before each half of a block, rotary positions, SwiGLU, heads that share keys and
+  // values where kv_heads says so, and no biases. With qkv_bias it is a Qwen2, with qk_norm a Qwen3;
+  // Mistral and SmolLM are Llamas. A tensor "self_attn.qkv_proj" of a block has the rows of q_proj,
+  // k_proj and v_proj in files, and "mlp.gate_up_proj" those of gate_proj and up_proj; these names are
+  // taken as well where one tensor is read or written.
+  MXT_ARCHITECTURE_LLAMA = 1,
 } mxt_architecture;
+
+// How rotary positions are stretched.
+typedef enum mxt_rope_scaling {
+  // Not at all.
+  MXT_ROPE_SCALING_NONE = 0,
+  // All alike: positions are divided by rope_factor.
+  MXT_ROPE_SCALING_LINEAR = 1,
+  // As Llama 3.1 has it: what turns less than rope_low_frequency times in rope_original_context
+  // positions is divided by rope_factor, what turns more than rope_high_frequency times is not.
+  MXT_ROPE_SCALING_LLAMA3 = 2,
+} mxt_rope_scaling;
 
 // What the MLP of a block applies between its two layers.
 typedef enum mxt_activation {
@@ -227,13 +244,13 @@ typedef enum mxt_dtype {
 
 // The linear layers of a block, as bits.
 typedef enum mxt_lora_layer {
-  // What makes queries, keys and values: attn.c_attn.
+  // What makes queries, keys and values: attn.c_attn, or self_attn.qkv_proj of Llama's blocks.
   MXT_LORA_LAYER_ATTN_C_ATTN = 1,
-  // What attention's result passes through: attn.c_proj.
+  // What attention's result passes through: attn.c_proj, or self_attn.o_proj.
   MXT_LORA_LAYER_ATTN_C_PROJ = 2,
-  // The first of the MLP: mlp.c_fc.
+  // The first of the MLP: mlp.c_fc, or mlp.gate_up_proj.
   MXT_LORA_LAYER_MLP_C_FC = 4,
-  // The second of the MLP: mlp.c_proj.
+  // The second of the MLP: mlp.c_proj, or mlp.down_proj.
   MXT_LORA_LAYER_MLP_C_PROJ = 8,
 } mxt_lora_layer;
 
@@ -607,18 +624,19 @@ typedef struct mxt_model_config {
   size_t context_length;
   // Number of blocks. Default 12.
   size_t layers;
-  // Attention heads of a block; must divide channels. Default 12.
+  // Attention heads of a block; must divide channels where head_size is 0. Default 12.
   size_t heads;
   // Width of the model. Default 768.
   size_t channels;
-  // Added to the variance in LayerNorm. Default 1e-5.
+  // Added to the variance in LayerNorm, or to the mean square in RMSNorm. Default 1e-5.
   float layer_norm_epsilon;
   // One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
   int32_t architecture;
-  // Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
-  // model of that width reports.
+  // Width of the MLP inside a block. Default 0, which stands for 4 x channels, or in Llama's blocks
+  // for 8/3 x channels, rounded up to a multiple of 256, and is what a model of that width reports.
   size_t mlp_channels;
-  // One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
+  // One of mxt_activation, of GPT-2's blocks; Llama's have SwiGLU whatever it is. Default
+  // MXT_ACTIVATION_GELU_TANH.
   int32_t activation;
   // 1 where the head shares its weights with the token embedding; 0 where it has a tensor
   // "lm_head.weight" (vocab_size, channels) of its own. Default 1.
@@ -637,6 +655,29 @@ typedef struct mxt_model_config {
   float lora_alpha;
   // Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
   uint32_t lora_layers;
+  // Heads of keys and values of a block, which divide heads; of Llama's blocks. Default 0, which
+  // stands for heads and is what a model with as many reports.
+  size_t kv_heads;
+  // Channels of a head, an even number; of Llama's blocks. Default 0, which stands for channels /
+  // heads and is what a model with such heads reports.
+  size_t head_size;
+  // Pair i of a head of n channels turns by rope_theta^(-2 i / n) a position; of Llama's blocks.
+  // Default 10000.
+  double rope_theta;
+  // With rope_scaling MXT_ROPE_SCALING_LLAMA3: positions that the model saw before. Default 8192.
+  size_t rope_original_context;
+  // 1 where what makes queries, keys and values has a bias; of Llama's blocks, as in Qwen2. Default 0.
+  int32_t qkv_bias;
+  // 1 where every head of queries and keys is normalized; of Llama's blocks, as in Qwen3. Default 0.
+  int32_t qk_norm;
+  // One of mxt_rope_scaling. Default MXT_ROPE_SCALING_NONE, with which none of what follows counts.
+  int32_t rope_scaling;
+  // By how much, from 1 on. Default 1.
+  float rope_factor;
+  // Of MXT_ROPE_SCALING_LLAMA3, above 0. Default 1.
+  float rope_low_frequency;
+  // Of MXT_ROPE_SCALING_LLAMA3, above rope_low_frequency. Default 4.
+  float rope_high_frequency;
 } mxt_model_config;
 
 // What there is to know about a tensor. Set struct_size to sizeof(mxt_tensor_info) before the
@@ -644,12 +685,14 @@ typedef struct mxt_model_config {
 typedef struct mxt_tensor_info {
   // sizeof(mxt_tensor_info), set by the caller.
   size_t struct_size;
-  // The name that Hugging Face's gpt2 gives it, such as "transformer.h.0.attn.c_attn.weight".
-  // Valid as long as the model handle.
+  // The name that Hugging Face's gpt2 or llama gives it, such as
+  // "transformer.h.0.attn.c_attn.weight"; see mxt_architecture for what has no name there. Valid as
+  // long as the model handle.
   const char *name;
   // Product of the dimensions.
   uint64_t element_count;
-  // The dimensions, slowest first; those from rank on are 0. Linear weights are (in, out).
+  // The dimensions, slowest first; those from rank on are 0. Linear weights of GPT-2
+  // are (in, out), those of Llama's blocks (out, in).
   uint64_t shape[MXT_MAX_RANK];
   // Number of dimensions.
   uint32_t rank;
@@ -1367,7 +1410,7 @@ void mxt_engine_free(struct mxt_engine *engine);
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 mxt_status mxt_model_config_init(struct mxt_model_config *config, size_t struct_size);
 
-// Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it
+// Makes a model with random initial weights, as GPT-2's, drawn from the engine's seed, and stores it
 // in `*model` for the caller to free.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field),
@@ -1377,9 +1420,9 @@ mxt_status mxt_model_new(const struct mxt_engine *engine,
                          struct mxt_model **model);
 
 // Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
-// 64 bits, in one file or in several with an index; a head that differs from the embedding stays
-// one of its own.
+// (gpt2, llama, mistral, qwen2 or qwen3), and stores it in `*model` for the caller to free. Weights
+// are safetensors in 16, 32 or 64 bits, in one file or in several with an index; a head that differs
+// from the embedding stays one of its own.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 // MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a
@@ -1388,8 +1431,8 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
                           const char *dir,
                           struct mxt_model **model);
 
-// Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-// folder is made if it is not there. A failure, or a kill at any instant, leaves a whole
+// Saves weights and configuration as a folder that Hugging Face transformers opens. The folder is
+// made if it is not there. A failure, or a kill at any instant, leaves a whole
 // checkpoint there, the one before or the new one. Whatever else is in the folder stays, and so do
 // keys of the configuration that a loaded model came with, such as special tokens.
 //
@@ -1465,8 +1508,10 @@ mxt_status mxt_model_tensor_info(const struct mxt_model *model,
                                  size_t index,
                                  struct mxt_tensor_info *info);
 
-// Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
-// room for and must be the tensor's element_count. `values` may lie in memory of the engine's GPU.
+// Copies tensor `name` into `values`, row-major; or, of one that files have in parts, a part by its
+// name there, such as "model.layers.0.self_attn.q_proj.weight". `count` is the number of floats that
+// `values` has room for and must be the tensor's element_count, or the part's. `values`
+// may lie in memory of the engine's GPU.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 // wrong count), MXT_ERROR_BUSY.
@@ -1475,8 +1520,9 @@ mxt_status mxt_model_tensor_read(const struct mxt_model *model,
                                  float *values,
                                  size_t count);
 
-// Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
-// and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+// Overwrites tensor `name`, or a part of one, with `values`, as mxt_model_tensor_read has them.
+// `count` is the number of floats in `values` and must be the tensor's element_count, or the part's.
+// The moments of a trainer of this model stay as they are.
 // `values` may lie in memory of the engine's GPU.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a

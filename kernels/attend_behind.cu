@@ -1,6 +1,6 @@
 // Attention of a few rows behind those whose keys and values are kept.
 //
-// What is kept of a head: its keys (positions, head size), then its values the other way around
+// What is kept of a kv head: its keys (positions, head size), then its values the other way around
 // (head size, positions), of a number of positions that is a multiple of 32. So all operands of the
 // tensor cores lie side by side in memory, 16 bytes a thread, as in decode.cu, and none goes
 // through shared memory.
@@ -13,48 +13,50 @@
 // `Behind` of the host.
 struct Behind {
   void *out;         // (rows, C)
-  const void *qkv;   // (rows, 3 C)
-  void *kept;        // of all heads
+  const void *qkv;   // (rows, R), as heads.cuh says
+  void *kept;        // of all kv heads
   const u32 *start;  // position of the first row
   u32 rows;
   u32 positions;  // that there is room for
-  u32 keeps;      // whether a block keeps the keys and values of its head first
+  u32 keeps;      // whether a block keeps the keys and values that its head looks at first
   Heads heads;
 };
 
-// Number i of what is kept of all rows of a head: a key's element, and a value's.
+// Number i of what is kept of all rows of a kv head: a key's element, and a value's.
 template <class T>
-__device__ __forceinline__ void keep(const Behind &p, u32 start, u32 head, u32 i) {
-  u32 d = p.heads.head_size, c = p.heads.channels(), row = i / d, channel = i % d;
-  const T *from = (const T *)p.qkv + (size_t)row * 3 * c + c + head * d + channel;
-  T *keys = (T *)p.kept + (size_t)head * 2 * p.positions * d;
+__device__ __forceinline__ void keep(const Behind &p, u32 start, u32 kv_head, u32 i) {
+  u32 d = p.heads.head_size, row = i / d, channel = i % d;
+  const T *from =
+      (const T *)p.qkv + (size_t)row * p.heads.qkv_channels() + p.heads.keys(kv_head) + channel;
+  T *keys = (T *)p.kept + (size_t)kv_head * 2 * p.positions * d;
   keys[(size_t)(start + row) * d + channel] = from[0];
-  keys[((size_t)d + channel) * p.positions + start + row] = from[c];
+  keys[((size_t)d + channel) * p.positions + start + row] = from[p.heads.to_values()];
 }
 
 // Rows and channels that a block keeps.
 #define TILE 64
 
 // Keeps all rows. Values are turned in shared memory, so that both sides of it read and write what
-// lies side by side. Grid: rows / TILE, rounded up, and as many times the heads as TILE goes into
-// their size; block: 4 TILE.
+// lies side by side. Grid: rows / TILE, rounded up, and as many times the kv heads as TILE goes
+// into their size; block: 4 TILE.
 template <class T> __global__ void keep_rows(Behind p) {
   begin();
   __shared__ T tile[TILE][TILE + 2];
-  u32 d = p.heads.head_size, c = p.heads.channels(), start = *p.start,
+  u32 d = p.heads.head_size, wide = p.heads.qkv_channels(), start = *p.start,
       tiles = (d + TILE - 1) / TILE;
-  u32 head = blockIdx.y / tiles, row = blockIdx.x * TILE, channel = blockIdx.y % tiles * TILE;
+  u32 kv_head = blockIdx.y / tiles, row = blockIdx.x * TILE, channel = blockIdx.y % tiles * TILE;
   u32 rows = min(p.rows - row, (u32)TILE), channels = min(d - channel, (u32)TILE);
-  const T *from = (const T *)p.qkv + (size_t)row * 3 * c + c + head * d + channel;
-  T *keys = (T *)p.kept + (size_t)head * 2 * p.positions * d;
+  u32 to_values = p.heads.to_values();
+  const T *from = (const T *)p.qkv + (size_t)row * wide + p.heads.keys(kv_head) + channel;
+  T *keys = (T *)p.kept + (size_t)kv_head * 2 * p.positions * d;
   T *values = keys + (size_t)p.positions * d;
   u32 x = threadIdx.x % TILE, y = threadIdx.x / TILE;
   if (x < channels)
 #pragma unroll 4
     for (u32 i = y; i < rows; i += 4) {
-      const T *line = from + (size_t)i * 3 * c + x;
+      const T *line = from + (size_t)i * wide + x;
       keys[(size_t)(start + row + i) * d + channel + x] = line[0];
-      tile[i][x] = line[c];
+      tile[i][x] = line[to_values];
     }
   __syncthreads();
   if (x < rows)
@@ -111,15 +113,17 @@ __device__ __noinline__ float4 multiply_row_by_row(float4 out, uint4 low, uint4 
   return all;
 }
 
-// out for heads of up to D channels, a multiple of 8. Where `keeps`, all rows are one block's.
+// out for heads of up to D channels, a multiple of 8. Where `keeps`, all rows are one block's, and
+// blocks whose heads share keys keep the same in the same place, each before it reads it.
 // Grid: rows / 16, rounded up, heads; block: 32 WARPS; dynamic shared memory: WARPS times 16 lines
 // of D + 2 floats.
 template <int D, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
   const float NONE = -__int_as_float(0x7f800000);
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  u32 head = blockIdx.y, d = p.heads.head_size, c = p.heads.channels();
-  const bf16 *keys = (const bf16 *)p.kept + (size_t)head * 2 * p.positions * d;
+  u32 head = blockIdx.y, kv_head = head / p.heads.per_kv_head, d = p.heads.head_size,
+      c = p.heads.channels();
+  const bf16 *keys = (const bf16 *)p.kept + (size_t)kv_head * 2 * p.positions * d;
   const bf16 *values = keys + (size_t)p.positions * d;
   // A thread's share of a block of keys: so that its scores are of keys side by side, column 2 n +
   // b of tile j is number 8 n + 2 j + b.
@@ -138,10 +142,11 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
   u32 first = blockIdx.x * QUERIES, rows = min(p.rows - first, (u32)QUERIES), start = *p.start;
   begin();
   if (p.keeps) {
-    for (u32 i = threadIdx.x; i < p.rows * d; i += 32 * WARPS) keep<bf16>(p, start, head, i);
+    for (u32 i = threadIdx.x; i < p.rows * d; i += 32 * WARPS) keep<bf16>(p, start, kv_head, i);
     __syncthreads();
   }
-  const bf16 *queries = (const bf16 *)p.qkv + (size_t)first * 3 * c + head * d;
+  u32 wide = p.heads.qkv_channels();
+  const bf16 *queries = (const bf16 *)p.qkv + (size_t)first * wide + head * d;
   float most[2] = {NONE, NONE}, sum[2] = {0.0f, 0.0f}, out[D / 8][4] = {};
   float scale = __fmul_rn(p.heads.scale(), LOG2E);
   // The last row sees these.
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         u32 row = g + 8 * half;
-        eight(q[half], queries + (size_t)row * 3 * c, 32 * i + 8 * t, row < rows ? d : 0);
+        eight(q[half], queries + (size_t)row * wide, 32 * i + 8 * t, row < rows ? d : 0);
       }
 #pragma unroll
       for (int j = 0; j < 4; j++)
@@ -275,8 +280,9 @@ template <class T> __global__ void attend_behind_plain(Behind p) {
   begin();
   __shared__ float q[256], weights[STRETCH], scratch[WARP];
   u32 head = blockIdx.y, row = blockIdx.x, d = p.heads.head_size, c = p.heads.channels();
-  const T *query = (const T *)p.qkv + (size_t)row * 3 * c + head * d;
-  const T *keys = (const T *)p.kept + (size_t)head * 2 * p.positions * d;
+  const T *query = (const T *)p.qkv + (size_t)row * p.heads.qkv_channels() + head * d;
+  u32 kv_head = head / p.heads.per_kv_head;
+  const T *keys = (const T *)p.kept + (size_t)kv_head * 2 * p.positions * d;
   const T *values = keys + (size_t)p.positions * d;
   for (u32 i = threadIdx.x; i < d; i += 128) q[i] = __fmul_rn(to_f32(query[i]), p.heads.scale());
   __syncthreads();

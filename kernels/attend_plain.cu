@@ -1,6 +1,6 @@
 // Causal attention in plain arithmetic, for f32 and for head sizes that no tile takes: a warp owns
 // a query (or, for dk and dv, a key), and goes through the other side 32 rows at a time. Head sizes
-// up to 256. attention_delta serves all kernels.
+// up to 256. attention_delta serves all kernels. Rows of qkv are R channels wide (heads.cuh).
 //
 // S is Heads or PackedHeads: of the latter a document has the bits that it has alone.
 
@@ -20,24 +20,26 @@ __device__ __forceinline__ float dot(const float *a, const T *b, u32 n) {
   return sum;
 }
 
-// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
+// out (B, T, C) and lse (B, H, T) from qkv (B, T, R).
 // Grid: (T / 4 rounded up, H, B); block: 128; dynamic shared memory: 16 head_size bytes.
 template <class T, class S = Heads>
 __global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, S s) {
   begin();
   float *rows = (float *)shared;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
-  u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
+  u32 query = blockIdx.x * 4 + warp, h = blockIdx.y, wide = s.qkv_channels();
   if (query >= s.length) return;
-  const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
+  const T *base = qkv + (size_t)blockIdx.z * s.length * wide;
+  const T *keys = base + s.keys(h / s.per_kv_head), *values = keys + s.to_values();
   float *q = rows + warp * d, scale = s.scale();
-  for (u32 i = lane; i < d; i += WARP) q[i] = to_f32(base[(size_t)query * 3 * c + i]) * scale;
+  for (u32 i = lane; i < d; i += WARP)
+    q[i] = to_f32(base[(size_t)query * wide + h * d + i]) * scale;
   __syncwarp();
   float most = -__int_as_float(0x7f800000), sum = 0.0f, acc[MOST_PER_LANE] = {};
   for (u32 first = S::PACKED ? s.start(blockIdx.z, query) : 0; first <= query; first += WARP) {
     u32 key = first + lane;
     float score = -__int_as_float(0x7f800000);
-    if (key <= query) score = dot(q, base + (size_t)key * 3 * c + c, d);
+    if (key <= query) score = dot(q, keys + (size_t)key * wide, d);
     float larger = fmaxf(most, warp_max(score)), shrink = expf(most - larger);
     float p = expf(score - larger);
     sum = sum * shrink + warp_sum(p);
@@ -46,7 +48,7 @@ __global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, S
     for (int m = 0; m < MOST_PER_LANE; m++) acc[m] *= shrink;
     for (u32 j = 0; j < WARP && first + j <= query; j++) {
       float pj = __shfl_sync(FULL_WARP, p, j);
-      const T *v = base + (size_t)(first + j) * 3 * c + 2 * c;
+      const T *v = values + (size_t)(first + j) * wide;
 #pragma unroll
       for (int m = 0; m < MOST_PER_LANE; m++)
         if (m * WARP + lane < d) acc[m] += pj * to_f32(v[m * WARP + lane]);
@@ -97,20 +99,22 @@ __global__ void attention_delta(float *delta, const T *dout, const T *out, u32 r
   }
 }
 
-// dq of dqkv (B, T, 3 C). Launch as forward, with twice the shared memory.
+// dq of dqkv (B, T, R). Launch as forward, with twice the shared memory.
 template <class T, class S = Heads>
 __global__ void attention_dq(T *dqkv, u32 *amax, const T *dout, const float *lse,
                              const float *delta, const T *qkv, S s) {
   begin();
   float *rows = (float *)shared;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
-  u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
+  u32 query = blockIdx.x * 4 + warp, h = blockIdx.y, wide = s.qkv_channels();
   if (query >= s.length) return;
   size_t row = (size_t)blockIdx.z * s.length + query;
-  const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
+  const T *base = qkv + (size_t)blockIdx.z * s.length * wide;
+  const T *keys = base + s.keys(h / s.per_kv_head);
+  u32 to_values = s.to_values();
   float *q = rows + warp * 2 * d, *g = q + d, scale = s.scale();
   for (u32 i = lane; i < d; i += WARP) {
-    q[i] = to_f32(base[(size_t)query * 3 * c + i]) * scale;
+    q[i] = to_f32(base[(size_t)query * wide + h * d + i]) * scale;
     g[i] = to_f32(dout[row * c + h * d + i]);
   }
   __syncwarp();
@@ -120,12 +124,12 @@ __global__ void attention_dq(T *dqkv, u32 *amax, const T *dout, const float *lse
     u32 key = first + lane;
     float ds = 0.0f;
     if (key <= query) {
-      const T *k = base + (size_t)key * 3 * c + c;
-      ds = expf(dot(q, k, d) - log_sum) * (dot(g, k + c, d) - mean) * scale;
+      const T *k = keys + (size_t)key * wide;
+      ds = expf(dot(q, k, d) - log_sum) * (dot(g, k + to_values, d) - mean) * scale;
     }
     for (u32 j = 0; j < WARP && first + j <= query; j++) {
       float dsj = __shfl_sync(FULL_WARP, ds, j);
-      const T *k = base + (size_t)(first + j) * 3 * c + c;
+      const T *k = keys + (size_t)(first + j) * wide;
 #pragma unroll
       for (int m = 0; m < MOST_PER_LANE; m++)
         if (m * WARP + lane < d) acc[m] += dsj * to_f32(k[m * WARP + lane]);
@@ -134,55 +138,59 @@ __global__ void attention_dq(T *dqkv, u32 *amax, const T *dout, const float *lse
   float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < MOST_PER_LANE; m++)
-    if (m * WARP + lane < d) store(dqkv + row * 3 * c + h * d + m * WARP + lane, acc[m], largest);
+    if (m * WARP + lane < d) store(dqkv + row * wide + h * d + m * WARP + lane, acc[m], largest);
   note_amax(amax, largest);
 }
 
-// dk and dv of dqkv (B, T, 3 C): a warp owns a key. Launch as dq.
+// dk and dv of dqkv (B, T, R): a warp owns a key, and goes through the heads of q that share it,
+// one after the other. Launch as dq, but for kv heads.
 template <class T, class S = Heads>
 __global__ void attention_dkdv(T *dqkv, u32 *amax, const T *dout, const float *lse,
                                const float *delta, const T *qkv, S s) {
   begin();
   float *rows = (float *)shared;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
-  u32 key = blockIdx.x * 4 + warp, h = blockIdx.y;
+  u32 key = blockIdx.x * 4 + warp, kv_head = blockIdx.y, wide = s.qkv_channels();
   if (key >= s.length) return;
-  const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
-  const T *gradient = dout + (size_t)blockIdx.z * s.length * c + h * d;
-  size_t places = ((size_t)blockIdx.z * s.heads + h) * s.length;
+  u32 at_key = s.keys(kv_head), to_values = s.to_values();
+  const T *base = qkv + (size_t)blockIdx.z * s.length * wide;
   float *k = rows + warp * 2 * d, *v = k + d, scale = s.scale();
   for (u32 i = lane; i < d; i += WARP) {
-    k[i] = to_f32(base[(size_t)key * 3 * c + c + i]) * scale;
-    v[i] = to_f32(base[(size_t)key * 3 * c + 2 * c + i]);
+    k[i] = to_f32(base[(size_t)key * wide + at_key + i]) * scale;
+    v[i] = to_f32(base[(size_t)key * wide + at_key + to_values + i]);
   }
   __syncwarp();
   float dk[MOST_PER_LANE] = {}, dv[MOST_PER_LANE] = {};
   u32 end = s.end(blockIdx.z, key);
-  for (u32 first = key; first < end; first += WARP) {
-    u32 query = first + lane;
-    float p = 0.0f, ds = 0.0f;
-    if (query < end) {
-      p = expf(dot(k, base + (size_t)query * 3 * c, d) - lse[places + query]);
-      ds = p * (dot(v, gradient + (size_t)query * c, d) - delta[places + query]) * scale;
-    }
-    for (u32 j = 0; j < WARP && first + j < end; j++) {
-      float pj = __shfl_sync(FULL_WARP, p, j), dsj = __shfl_sync(FULL_WARP, ds, j);
-      const T *q = base + (size_t)(first + j) * 3 * c, *g = gradient + (size_t)(first + j) * c;
+  for (u32 h = kv_head * s.per_kv_head; h < (kv_head + 1) * s.per_kv_head; h++) {
+    const T *queries = base + h * d, *gradient = dout + (size_t)blockIdx.z * s.length * c + h * d;
+    size_t places = ((size_t)blockIdx.z * s.heads + h) * s.length;
+    for (u32 first = key; first < end; first += WARP) {
+      u32 query = first + lane;
+      float p = 0.0f, ds = 0.0f;
+      if (query < end) {
+        p = expf(dot(k, queries + (size_t)query * wide, d) - lse[places + query]);
+        ds = p * (dot(v, gradient + (size_t)query * c, d) - delta[places + query]) * scale;
+      }
+      for (u32 j = 0; j < WARP && first + j < end; j++) {
+        float pj = __shfl_sync(FULL_WARP, p, j), dsj = __shfl_sync(FULL_WARP, ds, j);
+        const T *q = queries + (size_t)(first + j) * wide, *g = gradient + (size_t)(first + j) * c;
 #pragma unroll
-      for (int m = 0; m < MOST_PER_LANE; m++)
-        if (m * WARP + lane < d) {
-          dk[m] += dsj * to_f32(q[m * WARP + lane]);
-          dv[m] += pj * to_f32(g[m * WARP + lane]);
-        }
+        for (int m = 0; m < MOST_PER_LANE; m++)
+          if (m * WARP + lane < d) {
+            dk[m] += dsj * to_f32(q[m * WARP + lane]);
+            dv[m] += pj * to_f32(g[m * WARP + lane]);
+          }
+      }
     }
   }
-  T *to = dqkv + ((size_t)blockIdx.z * s.length + key) * 3 * c + c + h * d;
+  T *to = dqkv + ((size_t)blockIdx.z * s.length + key) * wide + at_key;
   float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < MOST_PER_LANE; m++)
     if (m * WARP + lane < d) {
       store(to + m * WARP + lane, dk[m], largest);
-      store(to + c + m * WARP + lane, dv[m], largest);
+      store(to + to_values + m * WARP + lane, dv[m], largest);
     }
   note_amax(amax, largest);
 }

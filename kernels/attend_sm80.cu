@@ -7,6 +7,9 @@
 // products of tiles instead of the 5 of a single kernel, but a single kernel would have to add dq
 // up atomically, in another order at every run. This is faster than cuDNN's even so.
 //
+// Rows of qkv are R channels wide (heads.cuh). The block of keys that several heads of q share goes
+// through the queries of one head after the other.
+//
 // Head sizes are multiples of 8; tiles are D wide, columns beyond the head are zeros. Rows of tiles
 // in shared memory are swizzled: chunk c of 16 bytes lies at c ^ (row % 8), so that the 8 rows that
 // ldmatrix reads at a time lie in different banks.
@@ -71,7 +74,7 @@ template <int PENDING> __device__ __forceinline__ void wait() {
 extern __shared__ __align__(128) u8 tiles[];
 
 // out (B, T, C) and lse (B, H, T), the natural logarithm of the sum of exponentials, from qkv
-// (B, T, 3 C). A warp owns MT x 16 queries; the block goes through the keys BN at a time.
+// (B, T, R). A warp owns MT x 16 queries; the block goes through the keys BN at a time.
 // Grid: (T / (16 MT WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory: 8 BN D bytes.
 template <int D, int WARPS, int MT, int BN, class S = Heads>
 __global__ void __launch_bounds__(WARP *WARPS)
@@ -83,8 +86,9 @@ __global__ void __launch_bounds__(WARP *WARPS)
   u32 c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length;
   // The tiles with the most keys first, so that the last blocks to finish are short.
   u32 q0 = (gridDim.x - 1 - blockIdx.x) * BM, warp_q0 = q0 + warp * 16 * MT;
-  size_t stride = 3 * (size_t)c;
-  const bf16 *q = qkv + (size_t)batch * length * stride + h * s.head_size, *k = q + c, *v = k + c;
+  size_t stride = s.qkv_channels();
+  const bf16 *rows = qkv + (size_t)batch * length * stride, *q = rows + h * s.head_size;
+  const bf16 *k = rows + s.keys(h / s.per_kv_head), *v = k + s.to_values();
   u32 space = shared_address(tiles);
 
   u32 query[MT][D / 16][4];
@@ -311,10 +315,10 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
   note_amax(amax, largest);
 }
 
-// dk and dv of dqkv (B, T, 3 C). A warp owns 16 keys; the block goes through the queries BQ at a
+// dk and dv of dqkv (B, T, R). A warp owns 16 keys; the block goes through the queries BQ at a
 // time. Scores are computed transposed, (keys, queries), which makes them left operands of dk and
-// dv. Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory: 64 WARPS D +
-// 8 BQ D + 16 BQ bytes.
+// dv. Grid: (T / (16 WARPS) rounded up, kv heads, B); block: 32 WARPS; dynamic shared memory: 64
+// WARPS D + 8 BQ D + 16 BQ bytes.
 template <int D, int WARPS, int BQ, class S = Heads>
 __global__ void __launch_bounds__(WARP *WARPS)
     flash_dkdv(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
@@ -322,53 +326,58 @@ __global__ void __launch_bounds__(WARP *WARPS)
   begin();
   constexpr int BK = 16 * WARPS, THREADS = WARP * WARPS;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-  u32 c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length, d = s.head_size;
+  u32 c = s.channels(), batch = blockIdx.z, length = s.length, d = s.head_size;
   u32 k0 = blockIdx.x * BK, warp_k0 = k0 + warp * 16;
-  size_t stride = 3 * (size_t)c;
-  const bf16 *q = qkv + (size_t)batch * length * stride + h * d, *k = q + c, *v = k + c;
-  const bf16 *gradient = dout + (size_t)batch * length * c + h * d;
+  u32 at_key = s.keys(blockIdx.y), to_values = s.to_values(), h = blockIdx.y * s.per_kv_head;
+  size_t stride = s.qkv_channels();
+  const bf16 *rows = qkv + (size_t)batch * length * stride, *k = rows + at_key, *v = k + to_values;
+  // Of the head whose queries are loaded next, and their step.
+  const bf16 *q = rows + h * d, *gradient = dout + (size_t)batch * length * c + h * d;
   size_t places = ((size_t)batch * s.heads + h) * length;
+  u32 first_step = k0 / BQ, steps = (s.end(batch, k0 + BK - 1) + BQ - 1) / BQ, next = first_step;
 
   u32 space = shared_address(tiles);
   Tile<D> k_tile = {space}, v_tile = {space + BK * D * 2};
   u32 stages = space + 2 * BK * D * 2;
   float *numbers = (float *)(tiles + 2 * BK * D * 2 + 4 * BQ * D * 2);  // (2, 2, BQ): lse, delta
-  auto tile = [&](u32 step, u32 which) {
-    return Tile<D>{stages + (step % 2 * 2 + which) * BQ * D * 2};
+  // `turn` counts the steps of all heads.
+  auto tile = [&](u32 turn, u32 which) {
+    return Tile<D>{stages + (turn % 2 * 2 + which) * BQ * D * 2};
   };
-  auto load = [&](u32 step) {
-    u32 first = step * BQ;
-    copy_tile<D, BQ, THREADS>(tile(step, 0), q + first * stride, stride, length - first, d);
-    copy_tile<D, BQ, THREADS>(tile(step, 1), gradient + (size_t)first * c, c, length - first, d);
+  auto load = [&](u32 turn) {
+    u32 first = next * BQ;
+    copy_tile<D, BQ, THREADS>(tile(turn, 0), q + first * stride, stride, length - first, d);
+    copy_tile<D, BQ, THREADS>(tile(turn, 1), gradient + (size_t)first * c, c, length - first, d);
     for (u32 i = threadIdx.x; i < BQ; i += THREADS) {
       // A query beyond the end has probabilities 2^-infinity.
       bool inside = first + i < length;
-      float *to = numbers + step % 2 * 2 * BQ + i;
+      float *to = numbers + turn % 2 * 2 * BQ + i;
       to[0] = inside ? lse[places + first + i] * LOG2E : __int_as_float(0x7f800000);
       to[BQ] = inside ? delta[places + first + i] : 0.0f;
     }
+    if (++next == steps) next = first_step, q += d, gradient += d, places += length;
   };
   copy_tile<D, BK, THREADS>(k_tile, k + k0 * stride, stride, length - k0, d);
   copy_tile<D, BK, THREADS>(v_tile, v + k0 * stride, stride, length - k0, d);
-  u32 first_step = k0 / BQ, steps = (s.end(batch, k0 + BK - 1) + BQ - 1) / BQ;
   u32 warp_end = s.end(batch, warp_k0 + 15);
   u32 end[2] = {s.end(batch, warp_k0 + g), s.end(batch, warp_k0 + g + 8)};
-  load(first_step);
+  load(0);
   commit();
   wait<0>();
   __syncthreads();
   LeftRows<D, (D <= 64)> keys(k_tile, warp * 16), values(v_tile, warp * 16);
   float scale = s.scale(), dk[D / 8][4] = {}, dv[D / 8][4] = {};
-  for (u32 step = first_step; step < steps; step++) {
-    if (step + 1 < steps) load(step + 1);
+  u32 turns = s.per_kv_head * (steps - first_step);
+  for (u32 turn = 0, step = first_step; turn < turns; turn++) {
+    if (turn + 1 < turns) load(turn + 1);
     commit();
     wait<1>();
     __syncthreads();
     u32 q0 = step * BQ;
     if (q0 + BQ > warp_k0 && (!S::PACKED || q0 < warp_end)) {
-      const float *lse2 = numbers + step % 2 * 2 * BQ, *mean = lse2 + BQ;
+      const float *lse2 = numbers + turn % 2 * 2 * BQ, *mean = lse2 + BQ;
       float p[BQ / 8][4] = {}, ds[BQ / 8][4] = {};
-      keys.template multiply<BQ>(p, tile(step, 0));
+      keys.template multiply<BQ>(p, tile(turn, 0));
 #pragma unroll
       for (int n = 0; n < BQ / 8; n++)
 #pragma unroll
@@ -378,23 +387,24 @@ __global__ void __launch_bounds__(WARP *WARPS)
           if (warp_k0 + g + i / 2 * 8 > q0 + query) p[n][i] = 0.0f;
           if (S::PACKED && q0 + query >= end[i / 2]) p[n][i] = 0.0f;
         }
-      multiply_into<D, BQ>(dv, p, tile(step, 1));
-      values.template multiply<BQ>(ds, tile(step, 1));
+      multiply_into<D, BQ>(dv, p, tile(turn, 1));
+      values.template multiply<BQ>(ds, tile(turn, 1));
 #pragma unroll
       for (int n = 0; n < BQ / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - mean[n * 8 + t * 2 + i % 2]);
-      multiply_into<D, BQ>(dk, ds, tile(step, 0));
+      multiply_into<D, BQ>(dk, ds, tile(turn, 0));
     }
     __syncthreads();
+    if (++step == steps) step = first_step;
   }
   if (warp_k0 >= length) return;
-  bf16 *to = dqkv + ((size_t)batch * length + warp_k0) * stride + c + h * d;
+  bf16 *to = dqkv + ((size_t)batch * length + warp_k0) * stride + at_key;
   store_rows<D>(to, stride, length - warp_k0, d, dk, scale, amax);
-  store_rows<D>(to + c, stride, length - warp_k0, d, dv, 1.0f, amax);
+  store_rows<D>(to + to_values, stride, length - warp_k0, d, dv, 1.0f, amax);
 }
 
-// dq of dqkv (B, T, 3 C). A warp owns 16 queries; the block goes through the keys BN at a time.
+// dq of dqkv (B, T, R). A warp owns 16 queries; the block goes through the keys BN at a time.
 // Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory:
 // 64 WARPS D + 8 BN D bytes.
 template <int D, int WARPS, int BN, class S = Heads>
@@ -406,8 +416,9 @@ __global__ void __launch_bounds__(WARP *WARPS)
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   u32 c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length, d = s.head_size;
   u32 q0 = (gridDim.x - 1 - blockIdx.x) * BM, warp_q0 = q0 + warp * 16;
-  size_t stride = 3 * (size_t)c;
-  const bf16 *q = qkv + (size_t)batch * length * stride + h * d, *k = q + c, *v = k + c;
+  size_t stride = s.qkv_channels();
+  const bf16 *rows = qkv + (size_t)batch * length * stride, *q = rows + h * d;
+  const bf16 *k = rows + s.keys(h / s.per_kv_head), *v = k + s.to_values();
   const bf16 *gradient = dout + (size_t)batch * length * c + h * d;
   size_t places = ((size_t)batch * s.heads + h) * length;
 

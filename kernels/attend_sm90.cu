@@ -16,6 +16,10 @@
 // Tiles are D wide, in panels of 64 columns (128 bytes); columns beyond the head are zeros. Chunk c
 // of 16 bytes of a panel's row lies at c ^ (row % 8), the swizzle that wgmma calls 128B.
 //
+// Rows of qkv are R channels wide (heads.cuh). A block of keys goes through the queries of all
+// heads that share them, one head after the other, without a pause in what is loaded: stages go by
+// turns, which are the steps of all heads.
+//
 // S is Heads or PackedHeads: documents as in attend_sm80.cu, tiles left out for a warpgroup.
 
 #define WARPGROUP 128
@@ -234,7 +238,7 @@ extern __shared__ __align__(1024) u8 tiles[];
 // ---- Forward ------------------------------------------------------------------------------------
 
 // out (B, T, C) and lse (B, H, T), the natural logarithm of the sum of exponentials, from qkv
-// (B, T, 3 C). A warpgroup owns 64 queries. The scores of a step are computed while the step before
+// (B, T, R). A warpgroup owns 64 queries. The scores of a step are computed while the step before
 // it is multiplied with its values.
 // Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory:
 // 128 GROUPS D + 12 BN D bytes and 1,024 to align them.
@@ -248,8 +252,9 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
       length = s.length;
   // The tiles with the most keys first, so that the last blocks to finish are short.
   u32 q0 = (gridDim.x - 1 - blockIdx.x) * BM, group_q0 = q0 + group * 64;
-  size_t stride = 3 * (size_t)c;
-  const bf16 *q = qkv + (size_t)batch * length * stride + h * s.head_size, *k = q + c, *v = k + c;
+  size_t stride = s.qkv_channels();
+  const bf16 *rows = qkv + (size_t)batch * length * stride, *q = rows + h * s.head_size;
+  const bf16 *k = rows + s.keys(h / s.per_kv_head), *v = k + s.to_values();
   u32 space = shared_address(tiles) + 1023 & ~1023u;
   Tile<D, BM> q_tile = {space};
   auto tile = [&](u32 step, u32 which) {
@@ -394,10 +399,10 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-// dk and dv of dqkv (B, T, 3 C). A warpgroup owns 64 keys; the block goes through the queries 64 at
+// dk and dv of dqkv (B, T, R). A warpgroup owns 64 keys; the block goes through the queries 64 at
 // a time. Scores are computed transposed, (keys, queries), which makes them left operands of dk and
-// dv. Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory: 256
-// GROUPS D + 768 D + 1,536 bytes and 1,024 to align them.
+// dv. Grid: (T / (64 GROUPS) rounded up, kv heads, B); block: 128 GROUPS; dynamic shared memory:
+// 256 GROUPS D + 768 D + 1,536 bytes and 1,024 to align them.
 template <int D, int GROUPS, class S = Heads>
 __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
     wgmma_dkdv(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
@@ -406,32 +411,36 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
   constexpr int BK = 64 * GROUPS, BQ = 64, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
   u32 g = lane / 4, t = lane % 4;
-  u32 c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length, d = s.head_size;
+  u32 c = s.channels(), batch = blockIdx.z, length = s.length, d = s.head_size;
   u32 k0 = blockIdx.x * BK, group_k0 = k0 + group * 64;
-  size_t stride = 3 * (size_t)c;
-  const bf16 *q = qkv + (size_t)batch * length * stride + h * d, *k = q + c, *v = k + c;
-  const bf16 *gradient = dout + (size_t)batch * length * c + h * d;
+  u32 at_key = s.keys(blockIdx.y), to_values = s.to_values(), h = blockIdx.y * s.per_kv_head;
+  size_t stride = s.qkv_channels();
+  const bf16 *rows = qkv + (size_t)batch * length * stride, *k = rows + at_key, *v = k + to_values;
+  // Of the head whose queries are loaded next, and their step.
+  const bf16 *q = rows + h * d, *gradient = dout + (size_t)batch * length * c + h * d;
   size_t places = ((size_t)batch * s.heads + h) * length;
+  u32 first_step = k0 / BQ, steps = uniform_of<S>((s.end(batch, k0 + BK - 1) + BQ - 1) / BQ);
+  u32 loaded = first_step;
 
   u32 space = shared_address(tiles) + 1023 & ~1023u;
   Tile<D, BK> k_tile = {space}, v_tile = {space + k_tile.BYTES};
   u32 stages = space + 2 * k_tile.BYTES, numbers = stages + STAGES * 2 * Tile<D, BQ>::BYTES;
-  auto tile = [&](u32 step, u32 which) {
-    return Tile<D, BQ>{stages + (step % STAGES * 2 + which) * Tile<D, BQ>::BYTES};
+  auto tile = [&](u32 turn, u32 which) {
+    return Tile<D, BQ>{stages + (turn % STAGES * 2 + which) * Tile<D, BQ>::BYTES};
   };
-  // lse and delta of a step's queries.
-  auto number = [&](u32 step, u32 which) { return numbers + (step % STAGES * 2 + which) * BQ * 4; };
-  auto load = [&](u32 step) {
-    u32 first = step * BQ;
-    copy_tile<D, BQ, THREADS>(tile(step, 0), q + first * stride, stride, length - first, d);
-    copy_tile<D, BQ, THREADS>(tile(step, 1), gradient + (size_t)first * c, c, length - first, d);
-    copy_floats<BQ>(number(step, 0), lse + places + first, length - first);
-    copy_floats<BQ>(number(step, 1), delta + places + first, length - first);
+  // lse and delta of a turn's queries.
+  auto number = [&](u32 turn, u32 which) { return numbers + (turn % STAGES * 2 + which) * BQ * 4; };
+  auto load = [&](u32 turn) {
+    u32 first = loaded * BQ;
+    copy_tile<D, BQ, THREADS>(tile(turn, 0), q + first * stride, stride, length - first, d);
+    copy_tile<D, BQ, THREADS>(tile(turn, 1), gradient + (size_t)first * c, c, length - first, d);
+    copy_floats<BQ>(number(turn, 0), lse + places + first, length - first);
+    copy_floats<BQ>(number(turn, 1), delta + places + first, length - first);
+    if (++loaded == steps) loaded = first_step, q += d, gradient += d, places += length;
   };
   copy_tile<D, BK, THREADS>(k_tile, k + k0 * stride, stride, length - k0, d);
   copy_tile<D, BK, THREADS>(v_tile, v + k0 * stride, stride, length - k0, d);
-  u32 first_step = k0 / BQ, steps = uniform_of<S>((s.end(batch, k0 + BK - 1) + BQ - 1) / BQ);
-  load(first_step);
+  load(0);
 
   float scale = s.scale();
   Sums<D> dk, dv;
@@ -439,20 +448,18 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
   Sums<BQ> p, ds;
   float weights[BQ / 8][4], products[BQ / 8][4];
   u32 packed[BQ / 16][4], packed_ds[BQ / 16][4];
-  auto next = [&](u32 step) {
+  u32 turn = 0, turns = s.per_kv_head * (steps - first_step);
+  auto next = [&]() {
     wait_for_copies();
-    if (step + 1 < steps) load(step + 1);
+    if (turn + 1 < turns) load(turn + 1);
   };
-  // Queries before the warpgroup's keys do not see them.
-  u32 own = min(group_k0 / BQ, steps);
-  for (u32 step = first_step; step < own; step++) next(step);
   auto body = [&](u32 step, auto diagonal) {
-    next(step);
+    next();
     u32 q0 = step * BQ;
     fence();
-    multiply_rows<D, BQ, BK>(p, k_tile, group * 64, tile(step, 0));
+    multiply_rows<D, BQ, BK>(p, k_tile, group * 64, tile(turn, 0));
     commit();
-    multiply_rows<D, BQ, BK>(ds, v_tile, group * 64, tile(step, 1));
+    multiply_rows<D, BQ, BK>(ds, v_tile, group * 64, tile(turn, 1));
     commit();
     wait<1>();
     p.settle();
@@ -464,7 +471,7 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
       float2 log_sum;
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                    : "=f"(log_sum.x), "=f"(log_sum.y)
-                   : "r"(number(step, 0) + (n * 8 + t * 2) * 4));
+                   : "r"(number(turn, 0) + (n * 8 + t * 2) * 4));
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         float shift = (i % 2 ? log_sum.y : log_sum.x) * LOG2E;
@@ -482,7 +489,7 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
       float2 mean;
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                    : "=f"(mean.x), "=f"(mean.y)
-                   : "r"(number(step, 1) + (n * 8 + t * 2) * 4));
+                   : "r"(number(turn, 1) + (n * 8 + t * 2) * 4));
 #pragma unroll
       for (int i = 0; i < 4; i++)
         products[n][i] = weights[n][i] * (ds.s[n][i] - (i % 2 ? mean.y : mean.x));
@@ -491,38 +498,47 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
     // NOTE: to start the product with dout before this arithmetic would make the compiler serialize
     // all products, since the registers below are those of sums of the next step.
     fence();
-    multiply_packed<D, BQ>(dv, packed, tile(step, 1));
-    multiply_packed<D, BQ>(dk, packed_ds, tile(step, 0));
+    multiply_packed<D, BQ>(dv, packed, tile(turn, 1));
+    multiply_packed<D, BQ>(dk, packed_ds, tile(turn, 0));
     commit();
+    turn++;
   };
-  if (own == steps) return;  // All of the warpgroup's keys lie beyond the end.
-  body(own, Diagonal<true>());
-  if constexpr (S::PACKED) {
-    // Up to `apart` all queries of a step are of the document of every key, and from `ends` on
-    // none.
-    u32 apart = uniform_of<S>(s.end(batch, group_k0) / BQ), step = own + 1;
-    u32 ends = min(steps, uniform_of<S>((s.end(batch, group_k0 + 63) + BQ - 1) / BQ));
-    for (; step < ends && step < apart; step++) body(step, Diagonal<false>());
-    for (; step < ends; step++) body(step, Diagonal<true>());
-    wait<0>();
-    dk.settle(), dv.settle();
+  // Queries before the warpgroup's keys do not see them.
+  u32 own = min(group_k0 / BQ, steps);
+  if (own == steps) {
+    // All of its keys lie beyond the end.
+    for (; turn < turns; turn++) next();
+    return;
+  }
+  while (turn < turns) {
+    for (u32 step = first_step; step < own; step++) next(), turn++;
+    body(own, Diagonal<true>());
+    u32 step = own + 1;
+    if constexpr (S::PACKED) {
+      // Up to `apart` all queries of a step are of the document of every key, and from `ends` on
+      // none.
+      u32 apart = uniform_of<S>(s.end(batch, group_k0) / BQ);
+      u32 ends = min(steps, uniform_of<S>((s.end(batch, group_k0 + 63) + BQ - 1) / BQ));
+      for (; step < ends && step < apart; step++) body(step, Diagonal<false>());
+      for (; step < ends; step++) body(step, Diagonal<true>());
+    } else {
+      for (; step < steps; step++) body(step, Diagonal<false>());
+    }
     // What is loaded from here on may lie where these products have read.
-    for (; step < steps; step++) next(step);
-  } else {
-    for (u32 step = own + 1; step < steps; step++) body(step, Diagonal<false>());
     wait<0>();
     dk.settle(), dv.settle();
+    for (; step < steps; step++) next(), turn++;
   }
   // The keys and values of the warpgroup make room for the results.
   warpgroup_sync(group);
   u32 row0 = group_k0 + warp % 4 * 16, valid = rows_left(length, row0);
-  bf16 *to = dqkv + ((size_t)batch * length + row0) * stride + c + h * d;
+  bf16 *to = dqkv + ((size_t)batch * length + row0) * stride + at_key;
   float by_scale[2] = {scale, scale}, one[2] = {1.0f, 1.0f};
   store_rows<D, BK>(to, stride, valid, d, dk, by_scale, k_tile, warp * 16, amax);
-  store_rows<D, BK>(to + c, stride, valid, d, dv, one, v_tile, warp * 16, amax);
+  store_rows<D, BK>(to + to_values, stride, valid, d, dv, one, v_tile, warp * 16, amax);
 }
 
-// dq of dqkv (B, T, 3 C). A warpgroup owns 64 queries; the block goes through the keys BN at a
+// dq of dqkv (B, T, R). A warpgroup owns 64 queries; the block goes through the keys BN at a
 // time. Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory: 256
 // GROUPS D + 12 BN D bytes and 1,024 to align them.
 template <int D, int GROUPS, int BN, class S = Heads>
@@ -535,8 +551,9 @@ __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
   u32 g = lane / 4, t = lane % 4;
   u32 c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length, d = s.head_size;
   u32 q0 = (gridDim.x - 1 - blockIdx.x) * BM, group_q0 = q0 + group * 64;
-  size_t stride = 3 * (size_t)c;
-  const bf16 *q = qkv + (size_t)batch * length * stride + h * d, *k = q + c, *v = k + c;
+  size_t stride = s.qkv_channels();
+  const bf16 *rows = qkv + (size_t)batch * length * stride, *q = rows + h * d;
+  const bf16 *k = rows + s.keys(h / s.per_kv_head), *v = k + s.to_values();
   const bf16 *gradient = dout + (size_t)batch * length * c + h * d;
   size_t places = ((size_t)batch * s.heads + h) * length;
 

@@ -520,7 +520,7 @@ template <class X, class T> __global__ void few_rows_plain(FewRows p) {
 }
 
 // out (rows, C) = the embeddings of tokens, of which the first stands at position *starts, or each
-// at one of its own, as `embedding_forward` makes them. Grid: rows; block: 128.
+// at one of its own, as `embedding_forward` makes them; wpe may be null. Grid: rows; block: 128.
 template <class T>
 __global__ void embed_rows(T *out, const u32 *tokens, const u32 *starts, const T *wte, const T *wpe,
                            u32 channels, u32 of_each) {
@@ -530,7 +530,7 @@ __global__ void embed_rows(T *out, const u32 *tokens, const u32 *starts, const T
   const T *position = wpe + (size_t)at * channels;
   for (u32 i = threadIdx.x; i < channels; i += blockDim.x)
     out[(size_t)blockIdx.x * channels + i] =
-        from_f32<T>(__fadd_rn(to_f32(token[i]), to_f32(position[i])));
+        wpe ? from_f32<T>(__fadd_rn(to_f32(token[i]), to_f32(position[i]))) : token[i];
 }
 
 // `PackMxfp4` of the host.

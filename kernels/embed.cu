@@ -1,7 +1,7 @@
 // Token and position embeddings.
 
-// out (B T, C) = row `token` of wte plus row `position` of wpe, which is counted from `starts` (B
-// T), where a row's document begins, unless that is null. Grid: rows; block: 128.
+// out (B T, C) = row `token` of wte plus, unless wpe is null, its row `position`, which is counted
+// from `starts` (B T), where a row's document begins, unless that is null. Grid: rows; block: 128.
 template <class T>
 __global__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const T *wpe,
                                   const u32 *starts, u32 length, u32 channels) {
@@ -14,14 +14,16 @@ __global__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const
     for (u32 i = threadIdx.x * 8; i < channels; i += blockDim.x * 8) {
       float a[8], b[8];
       load8(token + i, a);
-      load8(position + i, b);
+      if (wpe) {
+        load8(position + i, b);
 #pragma unroll
-      for (int j = 0; j < 8; j++) a[j] += b[j];
+        for (int j = 0; j < 8; j++) a[j] += b[j];
+      }
       store8(out + i, a);
     }
   } else {
     for (u32 i = threadIdx.x; i < channels; i += blockDim.x)
-      out[i] = from_f32<T>(to_f32(token[i]) + to_f32(position[i]));
+      out[i] = wpe ? from_f32<T>(to_f32(token[i]) + to_f32(position[i])) : token[i];
   }
 }
 

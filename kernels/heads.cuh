@@ -1,10 +1,20 @@
 // The heads of attention, as all of its files know them.
+//
+// A row of qkv has all heads of q, then those of k, then those of v. Of q there are `per_kv_head`
+// times as many, which share those of k and v in groups that lie together.
 
 // `Heads` of the host.
 struct Heads {
-  u32 length, heads, head_size;
+  u32 length, heads, kv_heads, per_kv_head, head_size;
   float score_factor;
   __device__ __forceinline__ u32 channels() const { return heads * head_size; }
+  // Of a row of qkv.
+  __device__ __forceinline__ u32 qkv_channels() const {
+    return (heads + 2 * kv_heads) * head_size;
+  }
+  // Where in a row of qkv the keys of a kv head begin, and how much further on its values.
+  __device__ __forceinline__ u32 keys(u32 kv_head) const { return (heads + kv_head) * head_size; }
+  __device__ __forceinline__ u32 to_values() const { return kv_heads * head_size; }
   // What scores are multiplied by: 1 / sqrt(head size) in GPT-2, where the factor is 1 and changes
   // no bit.
   __device__ __forceinline__ float scale() const {

@@ -3,7 +3,7 @@
 //
 // NOTE: on the processor, where tests run kernels, all of this has twins instead
 // (backend/cuda/emulator). So PTX of files that run there stands here, but for the product of
-// product_sm120.cu; attention and norms, which do not run there, keep theirs.
+// product_sm120.cu; attention on tensor cores, which does not run there, keeps its own.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -32,6 +32,11 @@ __device__ __forceinline__ void ask_for(const void *from, size_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(start),
                  "r"((u32)(end - start)));
 #endif
+}
+
+// Waits for the COUNT threads of a block that name this barrier, from 1 to 15.
+template <u32 COUNT> __device__ __forceinline__ void wait_at(u32 barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
 }
 
 // A thread block's dynamic shared memory.

@@ -188,10 +188,14 @@ __device__ __forceinline__ void keep_as_e4m3(float &a, float &b, float scale, fl
 // The numbers of a tile as they lie in memory, with the largest magnitude of the tensor.
 template <class T> struct Stored {
   using Number = T;
-  static constexpr bool BEHIND_GELU = false;
+  static constexpr bool IS_MADE = false;
+  struct Piece {};
+  static __device__ __forceinline__ bool has_pieces(u32) { return false; }
   const T *numbers;
   const u32 *amax;
-  __device__ __forceinline__ T at(size_t i) const { return numbers[i]; }
+  __device__ __forceinline__ T at(u32 row, u32 column, u32 cols) const {
+    return numbers[(size_t)row * cols + column];
+  }
   __device__ __forceinline__ void note(u32, u32) const {}
 };
 
@@ -217,7 +221,7 @@ template <u32 PIECES, u32 APART, class Data, class Source>
 __device__ __forceinline__ void load_pieces(u8 *to, const Source &source, u32 row, u32 column,
                                             u32 rows, u32 cols, bool whole_tile) {
   using T = typename Source::Number;
-  if constexpr (!Source::BEHIND_GELU) {
+  if constexpr (!Source::IS_MADE) {
     if (whole_tile) {
       const T *from = source.numbers + (size_t)row * cols + column;
 #pragma unroll
@@ -232,7 +236,7 @@ __device__ __forceinline__ void load_pieces(u8 *to, const Source &source, u32 ro
   for (u32 i = 0; i < 8 * PIECES; i++) {
     u32 r = row + i / 8 * APART, c = column + i % 8;
     T number = {};
-    if (r < rows && c < cols) number = source.at((size_t)r * cols + c);
+    if (r < rows && c < cols) number = source.at(r, c, cols);
     ((T *)(to + Data::at(i / 8 * APART)))[i % 8] = number;
   }
 }

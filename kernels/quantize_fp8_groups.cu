@@ -1,5 +1,5 @@
 // MXFP4 operands as FP8 numbers with transforms of 64, the usual ones; and both forms of the
-// gradient behind GELU.
+// gradient behind GELU or SwiGLU.
 
 // ---- Tiles of groups of 64 ----------------------------------------------------------------------
 
@@ -30,21 +30,12 @@ __device__ __forceinline__ bool quantize_block(u8 *to, float v[BLOCK], float ran
   return round_rotated<UNBIASED, FORMAT>(to, v, 0.125f, range, whole, bits, inside, source);
 }
 
-__device__ __forceinline__ u32 behind_gelu(u32 d, u32 pre) {
-  return pack_bf16(__fmul_rn(low_f32(d), gelu_derivative(low_f32(pre))),
-                   __fmul_rn(high_f32(d), gelu_derivative(high_f32(pre))));
-}
-
-// The numbers d gelu'(pre), rounded to bf16, which lie nowhere: in an attempt, or `AGAIN` after one
-// that failed.
-template <bool AGAIN> struct BehindGelu {
+// The gradient behind an activation, rounded to bf16, which lies nowhere: in an attempt, or `AGAIN`
+// after one that failed. ACTIVATION says what it is made of.
+template <class ACTIVATION, bool AGAIN> struct Behind : ACTIVATION {
   using Number = bf16;
-  static constexpr bool BEHIND_GELU = true;
-  const bf16 *d, *pre;
+  static constexpr bool IS_MADE = true;
   Attempt *attempt;
-  __device__ __forceinline__ bf16 at(size_t i) const {
-    return {(u16)behind_gelu(d[i].bits, pre[i].bits)};
-  }
   __device__ __forceinline__ Whole whole() const {
     return AGAIN ? whole_up_to<E5M2>(attempt->above) : whole_scale<E5M2>(attempt->amax, 64);
   }
@@ -54,6 +45,76 @@ template <bool AGAIN> struct BehindGelu {
     u32 byte = max(amax >> 23, 2u) - 2;
     if (!AGAIN && byte > top && byte > *(volatile u32 *)&attempt->above)
       atomicMax(&attempt->above, byte);
+  }
+};
+
+// d gelu'(pre), both (rows, cols).
+struct Gelu {
+  const bf16 *d, *pre;
+  // What 8 numbers side by side are made of.
+  struct Piece {
+    uint4 d, pre;
+    static __device__ __forceinline__ u32 two(u32 d, u32 pre) {
+      return pack_bf16(__fmul_rn(low_f32(d), gelu_derivative(low_f32(pre))),
+                       __fmul_rn(high_f32(d), gelu_derivative(high_f32(pre))));
+    }
+    __device__ __forceinline__ uint4 make() const {
+      return make_uint4(two(d.x, pre.x), two(d.y, pre.y), two(d.z, pre.z), two(d.w, pre.w));
+    }
+  };
+  // Whether whole pieces lie side by side in rows of `cols`, a multiple of 8.
+  static __device__ __forceinline__ bool has_pieces(u32) { return true; }
+  __device__ __forceinline__ Piece piece(u32 row, u32 column, u32 cols) const {
+    size_t at = (size_t)row * cols + column;
+    return {*(const uint4 *)(d + at), *(const uint4 *)(pre + at)};
+  }
+  __device__ __forceinline__ bf16 at(u32 row, u32 column, u32 cols) const {
+    size_t at = (size_t)row * cols + column;
+    return {(u16)Piece::two(d[at].bits, pre[at].bits)};
+  }
+};
+
+// The gradient of pre = [gate | up] (rows, cols), d (rows, cols / 2) being that of silu(gate) up.
+struct SwiGlu {
+  const bf16 *d, *pre;
+  struct Piece {
+    uint4 d, gate, up;
+    bool of_gate;
+    static __device__ __forceinline__ u32 two_of_gate(u32 d, u32 gate, u32 up) {
+      return pack_bf16(swiglu_of_gate(low_f32(d), low_f32(gate), low_f32(up)),
+                       swiglu_of_gate(high_f32(d), high_f32(gate), high_f32(up)));
+    }
+    static __device__ __forceinline__ u32 two_of_up(u32 d, u32 gate) {
+      return pack_bf16(swiglu_of_up(low_f32(d), low_f32(gate)),
+                       swiglu_of_up(high_f32(d), high_f32(gate)));
+    }
+    __device__ __forceinline__ uint4 make() const {
+      if (of_gate)
+        return make_uint4(two_of_gate(d.x, gate.x, up.x), two_of_gate(d.y, gate.y, up.y),
+                          two_of_gate(d.z, gate.z, up.z), two_of_gate(d.w, gate.w, up.w));
+      return make_uint4(two_of_up(d.x, gate.x), two_of_up(d.y, gate.y), two_of_up(d.z, gate.z),
+                        two_of_up(d.w, gate.w));
+    }
+  };
+  static __device__ __forceinline__ bool has_pieces(u32 cols) { return cols % 16 == 0; }
+  __device__ __forceinline__ Piece piece(u32 row, u32 column, u32 cols) const {
+    u32 m = cols / 2;
+    bool of_gate = column < m;
+    if (!of_gate) column -= m;
+    const bf16 *gate = pre + (size_t)row * cols + column;
+    Piece piece = {*(const uint4 *)(d + (size_t)row * m + column), *(const uint4 *)gate};
+    piece.up = of_gate ? *(const uint4 *)(gate + m) : make_uint4(0, 0, 0, 0);
+    piece.of_gate = of_gate;
+    return piece;
+  }
+  __device__ __forceinline__ bf16 at(u32 row, u32 column, u32 cols) const {
+    u32 m = cols / 2;
+    bool of_gate = column < m;
+    if (!of_gate) column -= m;
+    const bf16 *gate = pre + (size_t)row * cols + column;
+    u32 of = d[(size_t)row * m + column].bits;
+    return {(u16)(of_gate ? Piece::two_of_gate(of, gate->bits, gate[m].bits)
+                          : Piece::two_of_up(of, gate->bits))};
   }
 };
 
@@ -83,21 +144,18 @@ __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source 
       column = first_column + piece * 8;
   u8 *piece_data = data + line * Data::PITCH + piece * 8 * sizeof(T);
   bool whole_tile = first_row + GROUP <= rows && first_column + GROUP <= cols && cols % 8 == 0;
-  uint4 d[4], pre[4];
-  bool in_registers = Source::BEHIND_GELU && whole_tile;
-  if constexpr (Source::BEHIND_GELU) {
-    if (whole_tile) {
-      size_t at = (size_t)row * cols + column;
+  typename Source::Piece pieces[4];
+  bool in_registers = Source::IS_MADE && whole_tile && Source::has_pieces(cols);
+  if constexpr (Source::IS_MADE) {
+    if (in_registers)
 #pragma unroll
-      for (u32 i = 0; i < 4; i++, at += (size_t)16 * cols)
-        d[i] = *(const uint4 *)(source.d + at), pre[i] = *(const uint4 *)(source.pre + at);
-    }
+      for (u32 i = 0; i < 4; i++) pieces[i] = source.piece(row + 16 * i, column, cols);
   }
   if (!in_registers)
     load_pieces<4, 16, Data>(piece_data, source, row, column, rows, cols, whole_tile);
   Whole whole;
   float kept_scale = 1.0f, kept_inverse = 1.0f;
-  if constexpr (Source::BEHIND_GELU) whole = source.whole();
+  if constexpr (Source::IS_MADE) whole = source.whole();
   else whole = whole_of_stored<FORMAT, KEPT>(q, *source.amax, GROUP, kept_scale, kept_inverse);
   if (tile_x == 0 && tile_y == 0 && threadIdx.x == 0) *whole_factor = whole.factor;
   if (threadIdx.x < GROUP) {
@@ -120,14 +178,13 @@ __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source 
     for (u32 i = 0; i < 4; i++)
       store_bits(own_bits + 16 * i,
                  philox(draw, first_row + own_line, first_column / 8 + 4 * side + i));
-  if (in_registers) {
+  if constexpr (Source::IS_MADE) {
+    if (in_registers)
 #pragma unroll
-    for (u32 i = 0; i < 4; i++)
-      *(uint4 *)(piece_data + Data::at(16 * i)) =
-          make_uint4(behind_gelu(d[i].x, pre[i].x), behind_gelu(d[i].y, pre[i].y),
-                     behind_gelu(d[i].z, pre[i].z), behind_gelu(d[i].w, pre[i].w));
+      for (u32 i = 0; i < 4; i++) *(uint4 *)(piece_data + Data::at(16 * i)) = pieces[i].make();
+  } else {
+    wait_for_all_copies();
   }
-  if constexpr (!Source::BEHIND_GELU) wait_for_all_copies();
   __syncthreads();
 
   float v[BLOCK];
@@ -194,17 +251,17 @@ __global__ void __launch_bounds__(128, 8) quantize_fp8_both(const __grid_constan
       q, source, blockIdx.x, blockIdx.y, (float *)q.column_scales, q.clamped);
 }
 
-// Both forms of the gradient d gelu'(pre), d being the source, which is made in the tiles alone.
-// That saves writing and reading it, but its largest magnitude is not known then: *attempt, zeroed,
-// gets that of a sample (sample_gelu_gradient), and where a rotated block does not fit what that
-// leaves room for, 8 times it, AGAIN does all once more, with the scale that the highest block asks
-// for. It is launched in any case, with a grid of any x and y 1; where there is nothing to do, it
-// only adds to *clamped.
-template <u32 GROUP, bool AGAIN, bool UNBIASED>
+// Both forms of the gradient behind an activation of pre, d being the source, made in the tiles
+// alone. That saves writing and reading it, but its largest magnitude is not known then: *attempt,
+// zeroed, gets that of a sample (sample_gelu_gradient, sample_swiglu_gradient), and where a rotated
+// block does not fit what that leaves room for, 8 times it, AGAIN does all once more, with the
+// scale that the highest block asks for. It is launched in any case, with a grid of any x and y 1;
+// where there is nothing to do, it only adds to *clamped.
+template <u32 GROUP, class ACTIVATION, bool AGAIN, bool UNBIASED>
 __global__ void __launch_bounds__(128, AGAIN ? 4 : 8)
-    quantize_fp8_behind_gelu(const __grid_constant__ Quantize q) {
+    quantize_fp8_behind(const __grid_constant__ Quantize q) {
   begin();
-  const BehindGelu<AGAIN> source = {(const bf16 *)q.source, q.pre, q.attempt};
+  const Behind<ACTIVATION, AGAIN> source = {{(const bf16 *)q.source, q.pre}, q.attempt};
   float *factor = (float *)q.column_scales;
   if constexpr (!AGAIN) {
     quantize_groups<GROUP, E5M2, BOTH, AS_STORED, UNBIASED>(q, source, blockIdx.x, blockIdx.y,

@@ -8,8 +8,8 @@
 //!
 //! # A tour
 //!
-//! An [`Engine`] is a device with its threads and its seed. A [`Model`] is a GPT-2 of some
-//! [`ModelConfig`], new or loaded from a Hugging Face `gpt2` folder. A [`Dataset`] is a set of
+//! An [`Engine`] is a device with its threads and its seed. A [`Model`] is a GPT-2 or a Llama of
+//! some [`ModelConfig`], new or loaded from a Hugging Face folder. A [`Dataset`] is a set of
 //! memory-mapped token files. A [`Trainer`] takes optimizer steps, evaluates, saves and resumes;
 //! its [`Recipe`] says which number format each GEMM uses. Checkpoints lie in folders, or in
 //! [`Files`] elsewhere; [`Engine::memory`] says what memory is in use.
@@ -100,7 +100,10 @@ pub use decoder::{
 pub use engine::{Engine, EngineMemory, EngineOptions, LogFn, LogLevel, MemoryUse};
 pub use error::{Error, Result};
 pub use formats::Philox;
-pub use gpt::{Activation, Frozen, Lora, ModelConfig, Recompute, TensorInfo, TokenDrop};
+pub use gpt::{
+    Activation, Architecture, Frozen, Lora, ModelConfig, Recompute, Rope, RopeScaling, TensorInfo,
+    TokenDrop,
+};
 pub use model::{Model, ModelFiles};
 pub use optim::{
     Gradients, Master, Moments, Muon, Normalization, Optimizer, OptimizerKind, Schedule,

@@ -1,5 +1,6 @@
 //! The handle that users hold of a model: its tensors by name, loading, saving.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -15,7 +16,7 @@ use crate::gpt::{
     Lora, ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize, initialize_adapters,
 };
 use crate::optim::Master;
-use crate::reserve::{collect, reuse};
+use crate::reserve::{collect, reuse, zeros};
 use crate::{Engine, Error, Result};
 
 /// What a checkpoint folder has of a model.
@@ -115,7 +116,7 @@ impl Model {
         let model = Self::zeroed(engine, &config, Some(found))?;
         on_device!(model.on_device(), on => {
             let (mut weights, mut ours) = (on.lock()?, on.table.room_for_a_tensor()?);
-            checkpoint.weights(model.tensors(), &mut |index, values| {
+            checkpoint.weights(&config, model.tensors(), &mut |index, values| {
                 let ours = on.table.specs()[index].import(values, &mut ours)?;
                 on.backend.write_param(&mut weights.all, on.table.slots()[index], ours)
             })?;
@@ -226,7 +227,7 @@ impl Model {
         on_device!(adapted.on_device(), on => {
             let mut weights = on.lock()?;
             let slots = collect(ADAPTERS, on.table.adapters().flatten().map(Ok))?;
-            files.read(&tensors, &mut |index, values| {
+            files.read(self.config(), &tensors, &mut |index, values| {
                 on.backend.write_param(&mut weights.all, slots[index], values)
             })?;
         });
@@ -258,7 +259,7 @@ impl Model {
             let read = |slot, out: &mut [f32]| on.backend.read_param(&weights.all, slot, out);
             let slots = collect(ADAPTERS, on.table.adapters().flatten().map(Ok))?;
             let adapters = Adapters { tensors: &tensors, slots: &slots, read };
-            checkpoint::save_adapters(place, &lora, &adapters)
+            checkpoint::save_adapters(place, self.config(), &lora, &adapters)
         })
     }
 
@@ -352,33 +353,39 @@ impl Model {
         })
     }
 
-    /// Copies a parameter into `out`, in the shape that [`Model::tensors`] gives.
+    /// Copies a parameter into `out`, in the shape that [`Model::tensors`] gives; or, of one that
+    /// files have in parts, a part by its name there, such as `self_attn.q_proj.weight` of a block.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`]; [`Error::InvalidArgument`] if `out` has another length.
     pub fn read_tensor(&self, name: &str, out: &mut [f32]) -> Result<()> {
-        let index = self.index_of(name, out.len())?;
+        let named = self.named(name, out.len())?;
         on_device!(self.on_device(), on => {
             let weights = on.read()?;
-            on.exported(self.tensors(), &weights).read(index, out, &mut Scratch::default())
+            let exported = on.exported(self.tensors(), &weights);
+            named.read(out, |out| exported.read(named.index, out, &mut Scratch::default()))
         })
     }
 
-    /// Overwrites a parameter, in the shape that [`Model::tensors`] gives.
+    /// Overwrites a parameter, or a part of one, in the shape that [`Model::read_tensor`] gives.
     ///
     /// # Errors
     /// As [`Model::read_tensor`], and [`Error::NotFinite`] for a NaN or infinity among the values.
     pub fn write_tensor(&self, name: &str, values: &[f32]) -> Result<()> {
-        let index = self.index_of(name, values.len())?;
+        let named = self.named(name, values.len())?;
         if let Some((i, value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             return Err(Error::NotFinite { what: format!("element {i} of {name}"), value: *value });
         }
         let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
         on_device!(self.on_device(), on => {
-            let (mut weights, mut ours) = (on.lock()?, Vec::new());
+            let (mut weights, mut ours, mut whole) = (on.lock()?, Vec::new(), Vec::new());
             weights.largest = weights.largest.max(largest.into());
-            let ours = on.table.specs()[index].import(values, &mut ours)?;
-            on.backend.write_param(&mut weights.all, on.table.slots()[index], ours)
+            let values = named.whole(values, &mut whole, |whole| {
+                let exported = on.exported(self.tensors(), &weights);
+                exported.read(named.index, whole, &mut Scratch::default())
+            })?;
+            let ours = on.table.specs()[named.index].import(values, &mut ours)?;
+            on.backend.write_param(&mut weights.all, on.table.slots()[named.index], ours)
         })
     }
 
@@ -428,27 +435,97 @@ impl Model {
     /// Which of [`Model::tensors`] has this name.
     pub(crate) fn number_of(&self, name: &str) -> Result<usize> {
         self.tensors().iter().position(|t| t.name == name).ok_or_else(|| {
-            let example = &self.tensors()[0].name;
-            Error::NoSuchTensor {
-                name: name.to_owned(),
-                hint: format!("the list of tensors has the names, such as {example:?}"),
-            }
+            let part = self.part_of_file(name).ok().flatten();
+            let hint = match part.map(|part| &self.tensors()[part.index].name) {
+                Some(whole) => format!("it is a part of {whole:?}, which is one tensor here"),
+                None => {
+                    let example = &self.tensors()[0].name;
+                    format!("the list of tensors has the names, such as {example:?}")
+                }
+            };
+            Error::NoSuchTensor { name: name.to_owned(), hint }
         })
     }
 
-    /// [`Model::number_of`] for a buffer of `len` numbers, which must be the tensor's.
-    pub(crate) fn index_of(&self, name: &str, len: usize) -> Result<usize> {
-        let index = self.number_of(name)?;
-        let info = &self.tensors()[index];
-        if info.len() != len {
+    /// What a name is of, for a buffer of `len` numbers, which must be as many.
+    pub(crate) fn named(&self, name: &str, len: usize) -> Result<Named> {
+        let named = match self.part_of_file(name)? {
+            Some(named) => named,
+            None => {
+                let index = self.number_of(name)?;
+                let len = self.tensors()[index].len();
+                Named { index, len, range: 0..len }
+            }
+        };
+        if named.range.len() != len {
+            let (shape, count) = (&self.tensors()[named.index].shape, named.range.len());
+            let of = if count == named.len { "" } else { "a part of a tensor " };
             let message = format!(
-                "{name} of shape {:?} has {} elements, the buffer has {len}",
-                info.shape,
-                info.len()
+                "{name}, {of}of shape {shape:?}, has {count} elements, the buffer has {len}"
             );
             return Err(Error::invalid("tensor", message));
         }
-        Ok(index)
+        Ok(named)
+    }
+
+    /// The part of a tensor that has this name in files.
+    fn part_of_file(&self, name: &str) -> Result<Option<Named>> {
+        if self.tensors().iter().any(|tensor| tensor.name == name) {
+            return Ok(None);
+        }
+        for (index, tensor) in self.tensors().iter().enumerate() {
+            let parts = self.config().parts_of(&tensor.name)?;
+            let part = parts.into_iter().flatten().find(|part| part.name == name);
+            if let Some(part) = part {
+                let width: usize = tensor.shape[1..].iter().product();
+                let range = part.rows.start * width..part.rows.end * width;
+                return Ok(Some(Named { index, len: tensor.len(), range }));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// What a name is of: a tensor, or rows of one that files have in parts.
+pub(crate) struct Named {
+    /// Which of [`Model::tensors`].
+    pub(crate) index: usize,
+    /// Its elements.
+    len: usize,
+    /// Those that are meant.
+    range: Range<usize>,
+}
+
+impl Named {
+    /// Copies what is meant to `out`, of a tensor that `read` reads whole.
+    pub(crate) fn read(
+        &self,
+        out: &mut [f32],
+        read: impl FnOnce(&mut [f32]) -> Result<()>,
+    ) -> Result<()> {
+        if self.range.len() == self.len {
+            return read(out);
+        }
+        let mut whole = zeros("a tensor", self.len)?;
+        read(&mut whole)?;
+        out.copy_from_slice(&whole[self.range.clone()]);
+        Ok(())
+    }
+
+    /// The whole tensor, with `values` where they are meant; `read` reads what it has elsewhere.
+    pub(crate) fn whole<'v>(
+        &self,
+        values: &'v [f32],
+        room: &'v mut Vec<f32>,
+        read: impl FnOnce(&mut [f32]) -> Result<()>,
+    ) -> Result<&'v [f32]> {
+        if self.range.len() == self.len {
+            return Ok(values);
+        }
+        let whole = reuse(room, "a tensor", self.len)?;
+        read(whole)?;
+        whole[self.range.clone()].copy_from_slice(values);
+        Ok(whole)
     }
 }
 

@@ -55,6 +55,11 @@ fn a_step_in_parts() {
 }
 
 #[test]
+fn llamas() {
+    run("llama.c", Link::Shared);
+}
+
+#[test]
 fn adapters_and_frozen_tensors() {
     run("lora.c", Link::Shared);
 }

@@ -1,8 +1,9 @@
 //! Decoding with what is kept of a text gives the logits of the whole computation, to the bit.
 
 use mxfp4train::{
-    Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Draft, Engine, EngineOptions,
-    Error, GenerateOptions, Model, ModelConfig, Schedule, StoredWeights, Trainer, TrainerOptions,
+    Activation, Architecture, Dataset, Decoder, DecoderOptions, DecoderWeights, Draft, Engine,
+    EngineOptions, Error, GenerateOptions, Model, ModelConfig, Schedule, StoredWeights, Trainer,
+    TrainerOptions,
 };
 
 fn engine(threads: usize) -> Engine {
@@ -10,8 +11,9 @@ fn engine(threads: usize) -> Engine {
 }
 
 /// A context of more than one pass of rows, of which nothing is a multiple; an MLP whose sums take
-/// more than one pass; and few heads of few channels.
-fn configs() -> [ModelConfig; 2] {
+/// more than one pass; few heads of few channels; and Llama's blocks, with heads that share keys and
+/// values, and with norms of heads.
+fn configs() -> [ModelConfig; 4] {
     let odd = ModelConfig {
         vocab_size: 97,
         context_length: 150,
@@ -32,7 +34,27 @@ fn configs() -> [ModelConfig; 2] {
         channels: 32,
         ..ModelConfig::default()
     };
-    [odd, plain]
+    let llama = ModelConfig {
+        architecture: Architecture::Llama,
+        vocab_size: 83,
+        context_length: 140,
+        layers: 2,
+        heads: 6,
+        kv_heads: 2,
+        channels: 60,
+        mlp_channels: 71,
+        qkv_bias: true,
+        ..ModelConfig::default()
+    };
+    let qwen3 = ModelConfig {
+        kv_heads: 1,
+        head_size: 18,
+        qkv_bias: false,
+        qk_norm: true,
+        tied_head: false,
+        ..llama.clone()
+    };
+    [odd, plain, llama, qwen3]
 }
 
 fn of_room(model: &Model, room: usize, weights: DecoderWeights) -> Decoder {
@@ -216,7 +238,7 @@ fn texts_beside_each_other_are_those_of_each() {
 /// In f32 the loss is that of an evaluation, on the same windows, also where files are shorter.
 #[test]
 fn the_loss_of_text_is_that_of_an_evaluation() {
-    let [config, _] = configs();
+    let [config, ..] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
     for (count, length, most) in [(2000, 150, 0), (2000, 129, 3), (40, 140, 0)] {
         let data = Dataset::from_tokens(tokens(count, 97)).unwrap();
@@ -251,7 +273,7 @@ fn the_loss_of_text_is_that_of_an_evaluation() {
 /// guesses whose logits are not finite are none.
 #[test]
 fn a_text_keeps_what_was_seen_before_an_error() {
-    let [config, _] = configs();
+    let [config, ..] = configs();
     let model = Model::new(&engine(1), &config).unwrap();
     let mut wte = vec![0.0; 97 * 51];
     model.read_tensor("transformer.wte.weight", &mut wte).unwrap();
@@ -285,7 +307,7 @@ fn a_text_keeps_what_was_seen_before_an_error() {
 
 #[test]
 fn what_was_taken_out_leaves_no_trace() {
-    let [config, _] = configs();
+    let [config, ..] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
     let mut decoder = of_room(&model, 140, DecoderWeights::F32);
     let (first, second) = (tokens(140, 97), tokens(140, 83));
@@ -303,7 +325,7 @@ fn what_was_taken_out_leaves_no_trace() {
 
 #[test]
 fn a_decoder_follows_its_model() {
-    let [_, config] = configs();
+    let [_, config, ..] = configs();
     let text = tokens(20, 64);
     for weights in DecoderWeights::ALL {
         let model = Model::new(&engine(2), &config).unwrap();
@@ -365,7 +387,7 @@ fn logits_in_less_are_near_and_do_not_depend_on_how_the_text_came() {
 /// A quarter of the context falls out at once.
 #[test]
 fn sliding_forgets_a_quarter_of_the_context() {
-    let [_, config] = configs();
+    let [_, config, ..] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
     let options = |slide| GenerateOptions {
         max_tokens: 60,
@@ -395,7 +417,7 @@ fn sliding_forgets_a_quarter_of_the_context() {
 /// Up to the end of the context and beyond, where the oldest token falls out.
 #[test]
 fn generated_text_is_that_of_the_whole_computation() {
-    let [_, config] = configs();
+    let [_, config, ..] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
     let prompt = tokens(50, 64);
     let options = GenerateOptions {
@@ -423,7 +445,7 @@ fn generated_text_is_that_of_the_whole_computation() {
 /// In every form the text is, greedily, that which its logits say; and forms write others.
 #[test]
 fn text_is_written_by_the_weights_that_are_asked_for() {
-    let [config, _] = configs();
+    let [config, ..] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
     let mut texts = [const { Vec::new() }; 3];
     for (weights, texts) in DecoderWeights::ALL.into_iter().zip(&mut texts) {
@@ -449,7 +471,7 @@ fn text_is_written_by_the_weights_that_are_asked_for() {
 
 #[test]
 fn what_cannot_be_is_an_error_and_changes_nothing() {
-    let [_, config] = configs();
+    let [_, config, ..] = configs();
     let model = Model::new(&engine(1), &config).unwrap();
     for room in [66, usize::MAX] {
         let options = DecoderOptions { room, ..Default::default() };
@@ -484,7 +506,7 @@ fn what_cannot_be_is_an_error_and_changes_nothing() {
 /// forked goes on from where the other was.
 #[test]
 fn texts_beside_each_other_are_as_if_alone() {
-    let [config, _] = configs();
+    let [config, ..] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
     let texts = [83, 89, 97].map(|vocab| tokens(150, vocab));
     for weights in DecoderWeights::ALL {

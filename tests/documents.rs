@@ -6,8 +6,8 @@ mod engines;
 
 use engines::{engines, is_gpu};
 use mxfp4train::{
-    Batch, Dataset, Engine, Error, HostLoss, IGNORED, LogitRows, Model, ModelConfig, Result,
-    Trainer, TrainerOptions,
+    Architecture, Batch, Dataset, Engine, Error, HostLoss, IGNORED, LogitRows, Model, ModelConfig,
+    Result, Trainer, TrainerOptions,
 };
 
 const VOCAB: usize = 61;
@@ -104,11 +104,25 @@ fn assert_same(engine: &Engine, what: &str, ours: &[f32], alone: &[f32]) {
     }
 }
 
+/// The same with Llama's blocks, where positions turn heads and are counted from a document's begin.
+fn llama(engine: &Engine) -> Model {
+    let config = ModelConfig {
+        architecture: Architecture::Llama,
+        heads: 4,
+        kv_heads: 2,
+        qk_norm: true,
+        ..model(engine).config().clone()
+    };
+    Model::new(engine, &config).unwrap()
+}
+
 #[test]
 fn a_packed_document_has_the_logits_that_it_has_alone() {
     let [tokens, _, documents] = packed();
     for engine in engines() {
-        for recipe in ["fp32", "bf16", "mxfp4-rht-sr"] {
+        let recipes =
+            ["fp32", "bf16", "mxfp4-rht-sr"].map(|recipe| [model, llama].map(|m| (recipe, m)));
+        for (recipe, model) in recipes.into_iter().flatten() {
             let model = model(&engine);
             let mut trainer = Trainer::new(&model, options(recipe, 3, T)).unwrap();
             let together = logits(&mut trainer, &tokens, Some(&documents));
@@ -133,7 +147,8 @@ fn a_packed_document_has_the_logits_that_it_has_alone() {
 fn gradients_are_the_sum_of_what_each_document_gives() {
     let [tokens, targets, documents] = packed();
     for engine in engines() {
-        for recipe in ["fp32", "bf16"] {
+        let recipes = ["fp32", "bf16"].map(|recipe| [model, llama].map(|m| (recipe, m)));
+        for (recipe, model) in recipes.into_iter().flatten() {
             let model = model(&engine);
             let names: Vec<_> = model.tensors().iter().map(|t| (t.name.clone(), t.len())).collect();
             let gradients = |trainer: &Trainer| -> Vec<Vec<f32>> {

@@ -8,7 +8,7 @@ use super::device::gemm::{Operand as Factor, Product};
 use super::device::memory::{Arena, F32, Piece, Tensor, Weights};
 use super::quantization::errors_of_fp8_products;
 use super::quantize::kept::{Keeping, Way};
-use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, values};
+use super::quantize::{Behind, Made, Quantization, Source, Target, fp8, values};
 use super::{
     Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, gradient, of_dy, older_gpu, random,
     workspace,
@@ -421,7 +421,10 @@ fn quantization_behind_gelu_on(cuda: &Cuda) {
         };
         let (stored, both) = (of(&dy), of(&d));
         let pre_address = pre.address();
-        let behind = |place| BehindGelu { both, pre: pre_address, attempt: words.address + place };
+        let behind = |place| {
+            let attempt = words.address + place;
+            Behind { made: Made::Gelu, both, pre: pre_address, attempt }
+        };
         // One attempt that the sample is enough for, and one that failed.
         let (fitting, failed) = (behind(8), behind(20));
         cuda.write(failed.attempt, &[0u32, 120]).unwrap();
@@ -493,7 +496,7 @@ impl Layer {
             y: pre,
             x,
             w: w.param(alone(shape.outputs * shape.inputs)),
-            b: bias.param(alone(shape.outputs)),
+            b: Some(bias.param(alone(shape.outputs))),
             mean: None,
             epilogue: Epilogue::None,
             turned: None,

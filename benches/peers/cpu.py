@@ -1,4 +1,4 @@
-"""PyTorch's side of cpu.sh: a GPT-2 step four ways, in turn with our benchmark binary."""
+"""PyTorch's side of cpu.sh: a step of a GPT-2 or a Llama four ways, in turn with our benchmark binary."""
 
 import argparse
 import math
@@ -10,15 +10,21 @@ import time
 
 import torch
 from gpt import GPT, optimizer_of
+from llama import Llama
 
 # layers, channels, heads, batch, sequence, vocabulary: the same as benches/train_step.rs.
-MODELS = {"d6": (6, 384, 6, 8, 256, 128), "d12": (12, 768, 12, 1, 512, 50304)}
+MODELS = {
+    "d6": (6, 384, 6, 8, 256, 128),
+    "d12": (12, 768, 12, 1, 512, 50304),
+    # With kv heads behind the heads, and the width of the MLP.
+    "llama-d6": (6, 384, 6, 2, 1024, 8, 256, 128),
+}
 
 
 def make_step(shape, compiled, bf16):
-    layers, channels, heads, batch, length, vocab = shape
+    *sizes, batch, length, vocab = shape
     torch.manual_seed(0)
-    model = GPT(layers, channels, heads, length, vocab)
+    model = (GPT if len(sizes) == 3 else Llama)(*sizes, length, vocab)
     optimizer = optimizer_of(model)
     loss_of = torch.compile(model) if compiled else model
 
@@ -45,7 +51,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     shape = MODELS[options.model]
-    tokens = shape[3] * shape[4]
+    tokens = shape[-3] * shape[-2]
 
     ways = {
         f"pytorch {'compile' if compiled else 'eager'} {'bf16' if bf16 else 'fp32'}": make_step(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures PyTorch and this library in turn on the same model, training steps on the CPU.
 #
-# Usage: benches/peers/cpu.sh [--model d6|d12] [--recipe NAME] [--rounds N]
+# Usage: benches/peers/cpu.sh [--model d6|d12|llama-d6] [--recipe NAME] [--rounds N]
 #
 # PyTorch runs four ways: eager and torch.compile, f32 and bf16 autocast, with fused AdamW and its own
 # attention. It is installed into a virtual environment below target/ (some GB). Last line: `ratio R`,

@@ -1,4 +1,4 @@
-"""PyTorch's side of dev/gpu/peers.sh: a GPT-2 training step on a GPU, in turn with our binary.
+"""PyTorch's side of dev/gpu/peers.sh: a training step of a GPT-2 or a Llama on a GPU, in turn with our binary.
 
 torch.compile, bf16 autocast, PyTorch's flash attention, fused AdamW, TF32 for what stays in f32; for
 small models also with CUDA graphs (mode "reduce-overhead"), of which the better counts. With --fp8
@@ -18,6 +18,7 @@ import time
 import fp8
 import torch
 from gpt import GPT, optimizer_of, step_of
+from llama import Llama
 from torch import nn
 
 # layers, channels, heads, batch, sequence, vocabulary: the same as benches/train_step.rs.
@@ -28,14 +29,20 @@ MODELS = {
     "345M": (24, 1024, 16, 16, 1024, 50304),
     "1.3B": (24, 2048, 16, 8, 1024, 50304),
 }
+# With kv heads behind the heads, and the width of the MLP.
+LLAMAS = {
+    "llama-350M": (24, 1024, 16, 4, 2816, 8, 2048, 32000),
+    "llama-1.1B": (22, 2048, 32, 4, 5632, 4, 2048, 32000),
+}
 
 
 def pytorch(shape, steps, mode, linear=nn.Linear):
     """Median tokens a second, and the peak of what PyTorch took from the GPU, in GiB."""
-    layers, channels, heads, batch, length, vocab = shape
+    *sizes, batch, length, vocab = shape
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    model = GPT(layers, channels, heads, length, vocab, linear).cuda()
+    kind = GPT if len(sizes) == 3 else Llama
+    model = kind(*sizes, length, vocab, linear).cuda()
     optimizer = optimizer_of(model)
     if linear is nn.Linear:
         compiled = torch.compile(model, mode=mode)
@@ -75,7 +82,7 @@ def watched(command):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", choices=MODELS, default="124M")
+    parser.add_argument("--model", choices=[*MODELS, *LLAMAS], default="124M")
     parser.add_argument("--recipes", default="bf16,mxfp4-rht-sr")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--fp8", action="store_true")
@@ -83,10 +90,11 @@ def main():
     options = parser.parse_args()
     modes = ["default"] + ["reduce-overhead"] * options.model.startswith("d")
     linear, what = nn.Linear, "bf16"
+    shape = (MODELS | LLAMAS)[options.model]
     if options.fp8:
         fp8.check()
         modes, linear, what = ["default"], fp8.Linear, "fp8"
-    rate, peak = max(pytorch(MODELS[options.model], options.steps, mode, linear) for mode in modes)
+    rate, peak = max(pytorch(shape, options.steps, mode, linear) for mode in modes)
     torch.cuda.empty_cache()
     name = torch.cuda.get_device_name()
     print(f"{options.model} on {name}, PyTorch {torch.__version__}")

@@ -94,7 +94,16 @@ enum class LogLevel : std::int32_t {
   info = MXT_LOG_LEVEL_INFO,
   debug = MXT_LOG_LEVEL_DEBUG,
 };
-enum class Architecture : std::int32_t { gpt2 = MXT_ARCHITECTURE_GPT2 };
+enum class Architecture : std::int32_t {
+  gpt2 = MXT_ARCHITECTURE_GPT2,
+  llama = MXT_ARCHITECTURE_LLAMA,
+};
+// How rotary positions are stretched.
+enum class RopeScaling : std::int32_t {
+  none = MXT_ROPE_SCALING_NONE,
+  linear = MXT_ROPE_SCALING_LINEAR,
+  llama3 = MXT_ROPE_SCALING_LLAMA3,
+};
 enum class Activation : std::int32_t {
   gelu_tanh = MXT_ACTIVATION_GELU_TANH,
   gelu = MXT_ACTIVATION_GELU,
@@ -655,11 +664,14 @@ using Batch = detail::defaults<mxt_batch, mxt_batch_init>;
 
 struct ModelConfig : private detail::defaults<mxt_model_config, mxt_model_config_init> {
   using C = mxt_model_config;
-  using C::channels, C::context_length, C::heads, C::layer_norm_epsilon, C::layers, C::lora_alpha,
-      C::lora_rank, C::mlp_channels, C::struct_size, C::vocab_size;
+  using C::channels, C::context_length, C::head_size, C::heads, C::kv_heads, C::layer_norm_epsilon,
+      C::layers, C::lora_alpha, C::lora_rank, C::mlp_channels, C::rope_factor,
+      C::rope_high_frequency, C::rope_low_frequency, C::rope_original_context, C::rope_theta,
+      C::struct_size, C::vocab_size;
   Architecture architecture;
   Activation activation;
-  bool tied_head, scale_attention, scale_attention_by_layer;
+  RopeScaling rope_scaling;
+  bool tied_head, scale_attention, scale_attention_by_layer, qkv_bias, qk_norm;
   // Those that have adapters where there is a lora_rank; without any, all.
   LoraLayers lora_layers;
 
@@ -676,6 +688,9 @@ struct ModelConfig : private detail::defaults<mxt_model_config, mxt_model_config
     c.tied_head = tied_head;
     c.scale_attention = scale_attention;
     c.scale_attention_by_layer = scale_attention_by_layer;
+    c.qkv_bias = qkv_bias;
+    c.qk_norm = qk_norm;
+    c.rope_scaling = static_cast<std::int32_t>(rope_scaling);
     c.lora_layers = static_cast<std::uint32_t>(lora_layers);
     return c;
   }
@@ -687,6 +702,9 @@ struct ModelConfig : private detail::defaults<mxt_model_config, mxt_model_config
     tied_head = C::tied_head != 0;
     scale_attention = C::scale_attention != 0;
     scale_attention_by_layer = C::scale_attention_by_layer != 0;
+    qkv_bias = C::qkv_bias != 0;
+    qk_norm = C::qk_norm != 0;
+    rope_scaling = static_cast<RopeScaling>(C::rope_scaling);
     lora_layers = static_cast<LoraLayers>(C::lora_layers);
   }
 };
@@ -1074,27 +1092,23 @@ class Model {
     return detail::finish(status, std::move(tensors));
   }
 
-  // Copies a tensor into `values`, row-major, which must have room for exactly its elements.
+  // Copies a tensor into `values`, row-major, which must have room for exactly its elements; or a
+  // part of one of Llama's blocks, by its name in files, as "self_attn.q_proj.weight" of a block.
   outcome<void> read(const std::string &name, view<float> values) const {
     return detail::finish(mxt_model_tensor_read(get(), name.c_str(), values.data(), values.size()));
   }
 
-  // A copy of a tensor, row-major.
+  // A copy of a tensor or a part, row-major.
   outcome<std::vector<float>> read(const std::string &name) const {
     // A name that is not found, or a model that is none, is for the C function to complain about.
-    std::vector<float> values(1);
-    auto info = detail::sized<mxt_tensor_info>();
-    for (std::size_t i = 0; i < tensor_count(); i++) {
-      if (mxt_model_tensor_info(get(), i, &info) == MXT_OK && name == info.name) {
-        values.resize(static_cast<std::size_t>(info.element_count));
-      }
-    }
+    const std::size_t count = element_count(name);
+    std::vector<float> values(count == 0 ? 1 : count);
     const mxt_status status =
         mxt_model_tensor_read(get(), name.c_str(), values.data(), values.size());
     return detail::finish(status, std::move(values));
   }
 
-  // Overwrites a tensor with `values`, row-major.
+  // Overwrites a tensor or a part with `values`, row-major.
   outcome<void> write(const std::string &name, view<const float> values) {
     return detail::finish(
         mxt_model_tensor_write(get(), name.c_str(), values.data(), values.size()));
@@ -1169,6 +1183,35 @@ class Model {
     info.shape.assign(raw.shape, raw.shape + raw.rank);
     info.element_count = static_cast<std::size_t>(raw.element_count);
     return info;
+  }
+
+  // Elements of the tensor of this name, or of the part; 0 where there is none.
+  std::size_t element_count(const std::string &name) const {
+    for (std::size_t i = 0; i < tensor_count(); i++) {
+      auto info = detail::sized<mxt_tensor_info>();
+      if (mxt_model_tensor_info(get(), i, &info) == MXT_OK && name == info.name) {
+        return static_cast<std::size_t>(info.element_count);
+      }
+    }
+    auto config = detail::sized<mxt_model_config>();
+    if (mxt_model_get_config(get(), &config) != MXT_OK) return 0;
+    const std::size_t q = config.heads, kv = config.kv_heads == 0 ? q : config.kv_heads;
+    const struct {
+      std::string_view part, whole;
+      std::size_t rows, of;
+    } parts[] = {
+        {"self_attn.q_proj.", "self_attn.qkv_proj.", q, q + 2 * kv},
+        {"self_attn.k_proj.", "self_attn.qkv_proj.", kv, q + 2 * kv},
+        {"self_attn.v_proj.", "self_attn.qkv_proj.", kv, q + 2 * kv},
+        {"mlp.gate_proj.", "mlp.gate_up_proj.", 1, 2},
+        {"mlp.up_proj.", "mlp.gate_up_proj.", 1, 2},
+    };
+    for (const auto &[part, whole, rows, of] : parts) {
+      const std::size_t at = name.find(part);
+      if (at == std::string::npos) continue;
+      return element_count(std::string(name).replace(at, part.size(), whole)) / of * rows;
+    }
+    return 0;
   }
 
   detail::handle<mxt_model> handle_;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures PyTorch and this library on the same model and GPU, one after the other, and prints ratios.
 #
-# Usage: dev/gpu/peers.sh [--model 124M|345M|1.3B] [--recipes NAME,NAME..] [--steps N] [--fp8]
+# Usage: dev/gpu/peers.sh [--model 124M|345M|1.3B|llama-350M|llama-1.1B] [--recipes NAME,NAME..] [--steps N] [--fp8]
 #
 # Needs python3 with PyTorch. MXT_GPU_BENCH names the train_step benchmark where there is no cargo;
 # dev/gpu/pack.sh makes it.

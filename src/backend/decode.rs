@@ -110,14 +110,22 @@ pub trait Decode: Linear + Attend + Embed {
     /// and done again for others of as many tokens. Weights, packed or not, and what is kept of earlier
     /// positions are as they were when this was called: operations on the rows may read them early.
     fn write_rows(&self, to: &mut Self::Tokens, tokens: &[u32], starts: &[usize]);
-    /// out (rows, C) = the rows' tokens of wte (V, C) plus their positions of wpe (T, C).
+    /// out (rows, C) = the rows' tokens of wte (V, C) plus their positions of wpe (T, C), where there is one.
     fn embedding_behind(
         &self,
         out: &mut Self::Tensor,
         rows: (&Self::Tokens, &[usize]),
         wte: Self::Param<'_>,
-        wpe: Self::Param<'_>,
+        wpe: Option<Self::Param<'_>>,
         shape: EmbeddingShape,
+    );
+    /// The table of [`super::Rotate::rotations`] for these rows.
+    fn rotations_behind(
+        &self,
+        table: &mut Self::Tensor,
+        frequencies: &[f32],
+        rows: (&Self::Tokens, &[usize]),
+        shape: AttentionShape,
     );
     /// Room for keys and values of so many positions of a sequence, in the precision of `shape`, as
     /// the backend lays them out.

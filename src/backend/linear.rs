@@ -3,7 +3,7 @@
 use super::{Memory, Part};
 use crate::formats::{LinearRecipe, Random};
 
-/// What an MLP applies between its two layers.
+/// What an MLP without a gate applies between its two layers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// GELU in its tanh form, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as GPT-2 has it.
@@ -35,6 +35,12 @@ pub enum Epilogue<'a, B: Memory> {
         /// Which GELU.
         form: Activation,
     },
+    /// out (rows, M) = silu(gate) up of y = [gate | up] (rows, 2 M), where silu(x) = x / (1 + e^-x)
+    /// (Shazeer 2020, "GLU Variants Improve Transformer", arXiv 2002.05202).
+    SwiGlu {
+        /// Overwritten.
+        out: &'a mut B::Tensor,
+    },
 }
 
 /// What the forward pass of a layer works on.
@@ -45,8 +51,8 @@ pub struct LinearForward<'a, B: Linear> {
     pub x: &'a B::Tensor,
     /// (outputs, inputs)
     pub w: B::Param<'a>,
-    /// (outputs)
-    pub b: B::Param<'a>,
+    /// (outputs), where it has any.
+    pub b: Option<B::Param<'a>>,
     /// (outputs, inputs): the slow mean of W, where the recipe rounds W by it.
     pub mean: Option<Part<'a, B>>,
     /// What y passes through besides.
@@ -68,6 +74,13 @@ pub enum OutputGradient<'a, B: Memory> {
         /// Which GELU.
         form: Activation,
     },
+    /// dy of y = [gate | up], where d is the gradient of silu(gate) up.
+    BehindSwiGlu {
+        /// (rows, outputs / 2)
+        d: &'a B::Tensor,
+        /// The layer's result, in whose place dy may be put: what it holds afterwards is not said.
+        y: &'a mut B::Tensor,
+    },
 }
 
 /// What the backward pass of a layer works on.
@@ -77,7 +90,7 @@ pub struct LinearBackward<'a, B: Linear> {
     /// (outputs, inputs) = dy^T x, overwritten, or with `accumulate` added to; None where W is not
     /// trained, which spares the product.
     pub dw: Option<B::Gradient<'a>>,
-    /// (outputs) = the column sums of dy, the same.
+    /// (outputs) = the column sums of dy, the same, and None of a layer without b.
     pub db: Option<B::Gradient<'a>>,
     /// dy (rows, outputs)
     pub dy: OutputGradient<'a, B>,
@@ -138,7 +151,7 @@ pub trait Linear: Memory {
     fn turns(&self, shape: LinearShape, recipe: &LinearRecipe) -> bool;
     /// Room for them, where it can.
     fn turned(&self, arena: &mut Self::Arena, shape: LinearShape) -> Self::Turned;
-    /// y = x W^T + b.
+    /// y = x W^T + b, or without a b x W^T.
     fn linear_forward(
         &self,
         workspace: &mut Self::Workspace,
@@ -163,4 +176,9 @@ pub trait Linear: Memory {
     fn gelu_forward(&self, out: &mut Self::Tensor, x: &Self::Tensor, len: usize, form: Activation);
     /// d = d gelu'(x), in place, both of `len` elements.
     fn gelu_backward(&self, d: &mut Self::Tensor, x: &Self::Tensor, len: usize, form: Activation);
+    /// out (rows, M) = silu(gate) up of y = [gate | up] (rows, 2 M).
+    fn swiglu_forward(&self, out: &mut Self::Tensor, y: &Self::Tensor, rows: usize, m: usize);
+    /// y = [gate | up] (rows, 2 M) becomes the gradient of itself, d (rows, M) being that of
+    /// silu(gate) up.
+    fn swiglu_backward(&self, y: &mut Self::Tensor, d: &Self::Tensor, rows: usize, m: usize);
 }

@@ -35,6 +35,7 @@ mod norm;
 mod optimize;
 #[cfg(test)]
 pub(crate) mod reference;
+mod rotary;
 mod select;
 mod stream;
 
@@ -58,9 +59,10 @@ pub use linear::{
 pub use lora::{Adapt, LoraBackward, LoraForward, LoraShape};
 pub use memory::{GradientPlace, Memory, Part, Slot};
 pub use merge::{Merge, MergeShape, Merged};
-pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
+pub use norm::{Norm, NormBackward, NormKind, NormParams, NormShape, NormStatistics, ResidualSum};
 pub use optimize::{Optimize, StateLayout, Trained};
 pub(crate) use optimize::{Place, as_one};
+pub use rotary::{HeadNorms, HeadNormsBackward, Rotate, Turn};
 pub use select::{Select, SelectShape, Selected, SelectedSum};
 pub use stream::CudaStream;
 
@@ -198,6 +200,7 @@ pub trait Backend:
     Memory
     + Embed
     + Norm
+    + Rotate
     + Select
     + Merge
     + Linear

@@ -1,6 +1,16 @@
-//! LayerNorm, alone and behind a residual sum.
+//! LayerNorm and RMSNorm, alone and behind a residual sum.
 
 use super::Memory;
+
+/// What a row is normalized by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum NormKind {
+    /// LayerNorm (Ba et al. 2016, arXiv 1607.06450): its mean, and its deviation from that.
+    #[default]
+    Layer,
+    /// RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467): the root of its mean square.
+    Rms,
+}
 
 /// Sizes of a norm.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -9,15 +19,17 @@ pub struct NormShape {
     pub rows: usize,
     /// C.
     pub channels: usize,
-    /// Added to the variance.
+    /// Added to the variance, or to the mean square.
     pub epsilon: f32,
+    /// Which norm it is.
+    pub kind: NormKind,
 }
 
-/// Mean and reciprocal standard deviation of every row that a LayerNorm saw, (rows) each.
+/// What every row that a norm saw was normalized by, (rows) each.
 pub struct NormStatistics<T> {
-    /// Mean.
+    /// Mean; not written by RMSNorm, and not read.
     pub mean: T,
-    /// 1 / sqrt(variance + epsilon).
+    /// 1 / sqrt(variance + epsilon), or of the mean square in the variance's place.
     pub rstd: T,
 }
 
@@ -37,8 +49,8 @@ impl<T> NormStatistics<T> {
 pub struct NormParams<'a, B: Memory> {
     /// (C)
     pub w: B::Param<'a>,
-    /// (C)
-    pub b: B::Param<'a>,
+    /// (C); RMSNorm has none.
+    pub b: Option<B::Param<'a>>,
 }
 
 /// A sum of the residual stream.
@@ -57,7 +69,7 @@ pub struct NormBackward<'a, B: Memory> {
     pub dx: &'a mut B::Tensor,
     /// (C), overwritten, or with `accumulate` added to; None where w is not trained.
     pub dw: Option<B::Gradient<'a>>,
-    /// The same.
+    /// The same; None of RMSNorm.
     pub db: Option<B::Gradient<'a>>,
     /// (rows, C)
     pub dy: &'a B::Tensor,
@@ -71,10 +83,11 @@ pub struct NormBackward<'a, B: Memory> {
     pub accumulate: bool,
 }
 
-/// LayerNorm.
+/// Norms.
 pub trait Norm: Memory {
-    /// out (rows, C) = (x - mean) rstd w + b, and the statistics for the backward pass.
-    fn layernorm_forward(
+    /// out (rows, C) = (x - mean) rstd w + b, or of RMSNorm x rstd w, and the statistics for the
+    /// backward pass.
+    fn norm_forward(
         &self,
         out: &mut Self::Tensor,
         statistics: NormStatistics<&mut Self::F32>,
@@ -82,8 +95,8 @@ pub trait Norm: Memory {
         params: NormParams<'_, Self>,
         shape: NormShape,
     );
-    /// A sum, then the LayerNorm of that sum.
-    fn add_layernorm_forward(
+    /// A sum, then the norm of that sum.
+    fn add_norm_forward(
         &self,
         out: &mut Self::Tensor,
         statistics: NormStatistics<&mut Self::F32>,
@@ -92,7 +105,7 @@ pub trait Norm: Memory {
         shape: NormShape,
     );
     /// Gradients of x, w and b.
-    fn layernorm_backward(
+    fn norm_backward(
         &self,
         workspace: &mut Self::Workspace,
         operands: NormBackward<'_, Self>,

@@ -2,7 +2,7 @@
 //! definition in words of one line each; nothing here is fast. What one test alone compares with
 //! stands beside that test.
 
-use super::{Activation, AttentionShape, LinearShape, OptimizerStep, Sequences};
+use super::{Activation, AttentionShape, LinearShape, NormKind, OptimizerStep, Sequences};
 use crate::optim::Optimizer;
 
 /// Row-major (rows, depth) times (cols, depth)^T.
@@ -77,8 +77,9 @@ pub(crate) fn set_rows(to: &mut [f32], numbers: &[usize], x: &[f32], c: usize) {
     }
 }
 
-/// Normalized rows, means, reciprocal deviations.
-pub(crate) fn layernorm_forward(
+/// Normalized rows, means (0 of RMSNorm), and what rows are multiplied by.
+pub(crate) fn norm_forward(
+    kind: NormKind,
     x: &[f64],
     w: &[f64],
     b: &[f64],
@@ -86,31 +87,39 @@ pub(crate) fn layernorm_forward(
 ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let c = w.len();
     let (mut out, mut means, mut rstds) = (Vec::new(), Vec::new(), Vec::new());
+    let (about, by) = match kind {
+        NormKind::Layer => (1.0, 1.0),
+        NormKind::Rms => (0.0, 0.0),
+    };
     for x in x.chunks(c) {
-        let mean = x.iter().sum::<f64>() / c as f64;
+        let mean = about * x.iter().sum::<f64>() / c as f64;
         let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / c as f64;
         let rstd = 1.0 / (variance + epsilon).sqrt();
-        out.extend((0..c).map(|i| (x[i] - mean) * rstd * w[i] + b[i]));
+        out.extend((0..c).map(|i| (x[i] - mean) * rstd * w[i] + by * b[i]));
         means.push(mean);
         rstds.push(rstd);
     }
     (out, means, rstds)
 }
 
-/// dx, dw, db.
-pub(crate) fn layernorm_backward(
+/// dx, dw, db, which RMSNorm has no use for.
+pub(crate) fn norm_backward(
+    kind: NormKind,
     dy: &[f64],
     x: &[f64],
     w: &[f64],
     epsilon: f64,
 ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let c = w.len();
-    let (_, means, rstds) = layernorm_forward(x, w, w, epsilon);
+    let (_, means, rstds) = norm_forward(kind, x, w, w, epsilon);
     let (mut dx, mut dw, mut db) = (Vec::new(), vec![0.0; c], vec![0.0; c]);
     for (row, (dy, x)) in dy.chunks(c).zip(x.chunks(c)).enumerate() {
         let n: Vec<f64> = x.iter().map(|v| (v - means[row]) * rstds[row]).collect();
         let g: Vec<f64> = (0..c).map(|i| dy[i] * w[i]).collect();
-        let mean_g = g.iter().sum::<f64>() / c as f64;
+        let mean_g = match kind {
+            NormKind::Layer => g.iter().sum::<f64>() / c as f64,
+            NormKind::Rms => 0.0,
+        };
         let mean_gn = (0..c).map(|i| g[i] * n[i]).sum::<f64>() / c as f64;
         dx.extend((0..c).map(|i| rstds[row] * (g[i] - mean_g - n[i] * mean_gn)));
         for i in 0..c {
@@ -119,6 +128,55 @@ pub(crate) fn layernorm_backward(
         }
     }
     (dx, dw, db)
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// silu(gate) up of y = [gate | up] (rows, 2 M).
+pub(crate) fn swiglu_forward(y: &[f64], m: usize) -> Vec<f64> {
+    let row = |y: &[f64]| (0..m).map(|i| silu(y[i]) * y[m + i]).collect::<Vec<_>>();
+    y.chunks(2 * m).flat_map(row).collect()
+}
+
+/// The gradient of y, of d (rows, M).
+pub(crate) fn swiglu_backward(y: &[f64], d: &[f64], m: usize) -> Vec<f64> {
+    let mut dy = Vec::new();
+    for (y, d) in y.chunks(2 * m).zip(d.chunks(m)) {
+        let s = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let slope = |x: f64| s(x) + x * s(x) * (1.0 - s(x));
+        dy.extend((0..m).map(|i| d[i] * y[m + i] * slope(y[i])));
+        dy.extend((0..m).map(|i| d[i] * silu(y[i])));
+    }
+    dy
+}
+
+/// What rows at these positions are turned by: cosines, then sines.
+pub(crate) fn rotations(positions: &[usize], frequencies: &[f32]) -> Vec<f64> {
+    let mut table = Vec::new();
+    for position in positions {
+        let angles = frequencies.iter().map(|f| f64::from(*position as f32 * f));
+        table.extend(angles.clone().map(f64::cos));
+        table.extend(angles.map(f64::sin));
+    }
+    table
+}
+
+/// q and k of qkv, turned as complex numbers are by numbers of length 1; with a sign of -1 back.
+pub(crate) fn rotate(qkv: &[f64], table: &[f64], sign: f64, shape: AttentionShape) -> Vec<f64> {
+    let (d, wide) = (shape.head_size, shape.qkv_channels());
+    let mut out = qkv.to_vec();
+    for (row, table) in out.chunks_mut(wide).zip(table.chunks(d)) {
+        for head in row.chunks_mut(d).take(shape.heads + shape.kv_heads) {
+            for i in 0..d / 2 {
+                let (re, im, cos, sin) =
+                    (head[i], head[i + d / 2], table[i], sign * table[i + d / 2]);
+                (head[i], head[i + d / 2]) = (re * cos - im * sin, re * sin + im * cos);
+            }
+        }
+    }
+    out
 }
 
 fn gelu(x: f64) -> f64 {
@@ -346,4 +404,74 @@ pub(crate) fn orthogonalized(
         x = sum(3.4445, &x, 1.0, &moved);
     }
     x
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Precision;
+    use super::*;
+
+    /// Numbers that have no pattern.
+    fn numbers(n: usize, seed: u64) -> Vec<f64> {
+        (0..n as u64).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f64 / 1000.0 - 1.0).collect()
+    }
+
+    /// Whether `gradient` is the slope of the sum of f(x) weight at x.
+    fn is_slope(
+        what: &str,
+        f: impl Fn(&[f64]) -> Vec<f64>,
+        x: &[f64],
+        weight: &[f64],
+        gradient: &[f64],
+    ) {
+        let value = |x: &[f64]| f(x).iter().zip(weight).map(|(y, w)| y * w).sum::<f64>();
+        for i in 0..x.len() {
+            let (h, mut moved) = (1e-5, x.to_vec());
+            moved[i] = x[i] + h;
+            let above = value(&moved);
+            moved[i] = x[i] - h;
+            let slope = (above - value(&moved)) / (2.0 * h);
+            let error = (slope - gradient[i]).abs();
+            assert!(error < 1e-7 * (1.0 + slope.abs()), "{what}, {i}: {} for {slope}", gradient[i]);
+        }
+    }
+
+    #[test]
+    fn gradients_of_norms_are_slopes() {
+        for kind in [NormKind::Layer, NormKind::Rms] {
+            let [x, w, b, dy] =
+                [(15, 1), (5, 2), (5, 3), (15, 4)].map(|(n, seed)| numbers(n, seed));
+            let (dx, dw, db) = norm_backward(kind, &dy, &x, &w, 1e-5);
+            is_slope("dx", |x| norm_forward(kind, x, &w, &b, 1e-5).0, &x, &dy, &dx);
+            is_slope("dw", |w| norm_forward(kind, &x, w, &b, 1e-5).0, &w, &dy, &dw);
+            if kind == NormKind::Layer {
+                is_slope("db", |b| norm_forward(kind, &x, &w, b, 1e-5).0, &b, &dy, &db);
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_of_swiglu_are_slopes() {
+        let (y, d) = (numbers(24, 5), numbers(12, 6));
+        let dy = swiglu_backward(&y, &d, 4);
+        is_slope("dy", |y| swiglu_forward(y, 4), &y, &d, &dy);
+    }
+
+    #[test]
+    fn gradients_of_turned_heads_that_share_keys_are_slopes() {
+        let (sequences, precision) = (Sequences { batch: 2, length: 3 }, Precision::F32);
+        let (heads, kv_heads, head_size, score_factor) = (4, 2, 4, 1.0);
+        let shape =
+            AttentionShape { sequences, heads, kv_heads, head_size, score_factor, precision };
+        let (qkv, dout) = (numbers(6 * shape.qkv_channels(), 7), numbers(6 * 16, 8));
+        let table = rotations(&[0, 1, 2, 0, 1, 2], &[1.0, 0.3]);
+        let f = |qkv: &[f64]| attention_forward(&rotate(qkv, &table, 1.0, shape), shape).0;
+        let turned = rotate(&qkv, &table, 1.0, shape);
+        let dqkv = rotate(&attention_backward(&dout, &turned, shape), &table, -1.0, shape);
+        is_slope("dqkv", f, &qkv, &dout, &dqkv);
+        // How far two positions are apart counts, not where they are.
+        let later = rotations(&[5, 6, 7, 100, 101, 102], &[1.0, 0.3]);
+        let moved = attention_forward(&rotate(&qkv, &later, 1.0, shape), shape).0;
+        assert!(f(&qkv).iter().zip(&moved).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
 }

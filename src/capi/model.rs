@@ -11,7 +11,7 @@ use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::{arguments, buffers};
 use crate::reserve::{collect, reserve};
-use crate::{Activation, Lora, Model, ModelConfig, StoredWeights};
+use crate::{Activation, Architecture, Lora, Model, ModelConfig, Rope, RopeScaling, StoredWeights};
 
 /// Most dimensions that a tensor can have.
 pub const MXT_MAX_RANK: usize = 4;
@@ -23,6 +23,25 @@ pub enum mxt_architecture {
     /// GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one
     /// matrix for the embedding and the head unless tied_head is 0.
     Gpt2 = 0,
+    /// Llama: RMSNorm before each half of a block, rotary positions, SwiGLU, heads that share keys and
+    /// values where kv_heads says so, and no biases. With qkv_bias it is a Qwen2, with qk_norm a Qwen3;
+    /// Mistral and SmolLM are Llamas. A tensor "self_attn.qkv_proj" of a block has the rows of q_proj,
+    /// k_proj and v_proj in files, and "mlp.gate_up_proj" those of gate_proj and up_proj; these names are
+    /// taken as well where one tensor is read or written.
+    Llama = 1,
+}
+
+/// How rotary positions are stretched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_rope_scaling {
+    /// Not at all.
+    None = 0,
+    /// All alike: positions are divided by rope_factor.
+    Linear = 1,
+    /// As Llama 3.1 has it: what turns less than rope_low_frequency times in rope_original_context
+    /// positions is divided by rope_factor, what turns more than rope_high_frequency times is not.
+    Llama3 = 2,
 }
 
 /// What the MLP of a block applies between its two layers.
@@ -39,13 +58,13 @@ pub enum mxt_activation {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub enum mxt_lora_layer {
-    /// What makes queries, keys and values: attn.c_attn.
+    /// What makes queries, keys and values: attn.c_attn, or self_attn.qkv_proj of Llama's blocks.
     AttnCAttn = 1,
-    /// What attention's result passes through: attn.c_proj.
+    /// What attention's result passes through: attn.c_proj, or self_attn.o_proj.
     AttnCProj = 2,
-    /// The first of the MLP: mlp.c_fc.
+    /// The first of the MLP: mlp.c_fc, or mlp.gate_up_proj.
     MlpCFc = 4,
-    /// The second of the MLP: mlp.c_proj.
+    /// The second of the MLP: mlp.c_proj, or mlp.down_proj.
     MlpCProj = 8,
 }
 
@@ -69,18 +88,19 @@ pub struct mxt_model_config {
     pub context_length: usize,
     /// Number of blocks. Default 12.
     pub layers: usize,
-    /// Attention heads of a block; must divide channels. Default 12.
+    /// Attention heads of a block; must divide channels where head_size is 0. Default 12.
     pub heads: usize,
     /// Width of the model. Default 768.
     pub channels: usize,
-    /// Added to the variance in LayerNorm. Default 1e-5.
+    /// Added to the variance in LayerNorm, or to the mean square in RMSNorm. Default 1e-5.
     pub layer_norm_epsilon: f32,
     /// One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
     pub architecture: i32,
-    /// Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
-    /// model of that width reports.
+    /// Width of the MLP inside a block. Default 0, which stands for 4 x channels, or in Llama's blocks
+    /// for 8/3 x channels, rounded up to a multiple of 256, and is what a model of that width reports.
     pub mlp_channels: usize,
-    /// One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
+    /// One of mxt_activation, of GPT-2's blocks; Llama's have SwiGLU whatever it is. Default
+    /// MXT_ACTIVATION_GELU_TANH.
     pub activation: i32,
     /// 1 where the head shares its weights with the token embedding; 0 where it has a tensor
     /// "lm_head.weight" (vocab_size, channels) of its own. Default 1.
@@ -99,6 +119,29 @@ pub struct mxt_model_config {
     pub lora_alpha: f32,
     /// Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
     pub lora_layers: u32,
+    /// Heads of keys and values of a block, which divide heads; of Llama's blocks. Default 0, which
+    /// stands for heads and is what a model with as many reports.
+    pub kv_heads: usize,
+    /// Channels of a head, an even number; of Llama's blocks. Default 0, which stands for channels /
+    /// heads and is what a model with such heads reports.
+    pub head_size: usize,
+    /// Pair i of a head of n channels turns by rope_theta^(-2 i / n) a position; of Llama's blocks.
+    /// Default 10000.
+    pub rope_theta: f64,
+    /// With rope_scaling MXT_ROPE_SCALING_LLAMA3: positions that the model saw before. Default 8192.
+    pub rope_original_context: usize,
+    /// 1 where what makes queries, keys and values has a bias; of Llama's blocks, as in Qwen2. Default 0.
+    pub qkv_bias: i32,
+    /// 1 where every head of queries and keys is normalized; of Llama's blocks, as in Qwen3. Default 0.
+    pub qk_norm: i32,
+    /// One of mxt_rope_scaling. Default MXT_ROPE_SCALING_NONE, with which none of what follows counts.
+    pub rope_scaling: i32,
+    /// By how much, from 1 on. Default 1.
+    pub rope_factor: f32,
+    /// Of MXT_ROPE_SCALING_LLAMA3, above 0. Default 1.
+    pub rope_low_frequency: f32,
+    /// Of MXT_ROPE_SCALING_LLAMA3, above rope_low_frequency. Default 4.
+    pub rope_high_frequency: f32,
 }
 versioned!(
     mxt_model_config,
@@ -110,7 +153,17 @@ versioned!(
     then scale_attention_by_layer: i32,
     then lora_rank: usize,
     then lora_alpha: f32,
-    then lora_layers: u32
+    then lora_layers: u32,
+    then kv_heads: usize,
+    then head_size: usize,
+    then rope_theta: f64,
+    then rope_original_context: usize,
+    then qkv_bias: i32,
+    then qk_norm: i32,
+    then rope_scaling: i32,
+    then rope_factor: f32,
+    then rope_low_frequency: f32,
+    then rope_high_frequency: f32
 );
 
 impl Options for mxt_model_config {
@@ -121,6 +174,13 @@ impl Options for mxt_model_config {
 
 impl From<&ModelConfig> for mxt_model_config {
     fn from(config: &ModelConfig) -> Self {
+        let (factor, low, high, original) = match config.rope.scaling {
+            RopeScaling::None => (1.0, 1.0, 4.0, 8192),
+            RopeScaling::Linear { factor } => (factor, 1.0, 4.0, 8192),
+            RopeScaling::Llama3 { factor, low, high, original_context } => {
+                (factor, low, high, original_context)
+            }
+        };
         Self {
             struct_size: size_of::<Self>(),
             vocab_size: config.vocab_size,
@@ -129,7 +189,10 @@ impl From<&ModelConfig> for mxt_model_config {
             heads: config.heads,
             channels: config.channels,
             layer_norm_epsilon: config.layer_norm_epsilon,
-            architecture: mxt_architecture::Gpt2 as i32,
+            architecture: match config.architecture {
+                Architecture::Gpt2 => mxt_architecture::Gpt2,
+                Architecture::Llama => mxt_architecture::Llama,
+            } as i32,
             mlp_channels: config.mlp_channels,
             activation: match config.activation {
                 Activation::GeluTanh => mxt_activation::GeluTanh,
@@ -141,6 +204,20 @@ impl From<&ModelConfig> for mxt_model_config {
             lora_rank: config.lora.map_or(0, |lora| lora.rank),
             lora_alpha: config.lora.map_or(0.0, |lora| lora.alpha),
             lora_layers: config.lora.map_or(0, |lora| bits_of(lora.layers)),
+            kv_heads: config.kv_heads,
+            head_size: config.head_size,
+            qkv_bias: config.qkv_bias.into(),
+            qk_norm: config.qk_norm.into(),
+            rope_theta: config.rope.theta.into(),
+            rope_scaling: match config.rope.scaling {
+                RopeScaling::None => mxt_rope_scaling::None,
+                RopeScaling::Linear { .. } => mxt_rope_scaling::Linear,
+                RopeScaling::Llama3 { .. } => mxt_rope_scaling::Llama3,
+            } as i32,
+            rope_factor: factor,
+            rope_low_frequency: low,
+            rope_high_frequency: high,
+            rope_original_context: original,
         }
     }
 }
@@ -148,10 +225,18 @@ impl From<&ModelConfig> for mxt_model_config {
 impl mxt_model_config {
     /// The crate's form.
     pub(super) fn parse(self) -> Result<ModelConfig, Failure> {
-        if self.architecture != mxt_architecture::Gpt2 as i32 {
-            let message = format!("expected MXT_ARCHITECTURE_GPT2 (0), got {}", self.architecture);
-            return Err(Failure::invalid("architecture", message));
-        }
+        const GPT2: i32 = mxt_architecture::Gpt2 as i32;
+        const LLAMA: i32 = mxt_architecture::Llama as i32;
+        let architecture = match self.architecture {
+            GPT2 => Architecture::Gpt2,
+            LLAMA => Architecture::Llama,
+            other => {
+                let message = format!(
+                    "expected MXT_ARCHITECTURE_GPT2 (0) or MXT_ARCHITECTURE_LLAMA (1), got {other}"
+                );
+                return Err(Failure::invalid("architecture", message));
+            }
+        };
         const GELU_TANH: i32 = mxt_activation::GeluTanh as i32;
         const GELU: i32 = mxt_activation::Gelu as i32;
         let activation = match self.activation {
@@ -165,6 +250,12 @@ impl mxt_model_config {
             }
         };
         Ok(ModelConfig {
+            architecture,
+            kv_heads: self.kv_heads,
+            head_size: self.head_size,
+            qkv_bias: arguments::flag("qkv_bias", self.qkv_bias)?,
+            qk_norm: arguments::flag("qk_norm", self.qk_norm)?,
+            rope: Rope { theta: self.rope_theta as f32, scaling: self.rope_scaling()? },
             vocab_size: self.vocab_size,
             context_length: self.context_length,
             layers: self.layers,
@@ -185,6 +276,30 @@ impl mxt_model_config {
             },
         })
     }
+
+    fn rope_scaling(&self) -> Result<RopeScaling, Failure> {
+        const NONE: i32 = mxt_rope_scaling::None as i32;
+        const LINEAR: i32 = mxt_rope_scaling::Linear as i32;
+        const LLAMA3: i32 = mxt_rope_scaling::Llama3 as i32;
+        let factor = self.rope_factor;
+        match self.rope_scaling {
+            NONE => Ok(RopeScaling::None),
+            LINEAR => Ok(RopeScaling::Linear { factor }),
+            LLAMA3 => Ok(RopeScaling::Llama3 {
+                factor,
+                low: self.rope_low_frequency,
+                high: self.rope_high_frequency,
+                original_context: self.rope_original_context,
+            }),
+            other => {
+                let message = format!(
+                    "expected MXT_ROPE_SCALING_NONE (0), MXT_ROPE_SCALING_LINEAR (1) or \
+                     MXT_ROPE_SCALING_LLAMA3 (2), got {other}"
+                );
+                Err(Failure::invalid("rope_scaling", message))
+            }
+        }
+    }
 }
 
 /// What there is to know about a tensor. Set struct_size to sizeof(mxt_tensor_info) before the
@@ -194,12 +309,14 @@ impl mxt_model_config {
 pub struct mxt_tensor_info {
     /// sizeof(mxt_tensor_info), set by the caller.
     pub struct_size: usize,
-    /// The name that Hugging Face's gpt2 gives it, such as "transformer.h.0.attn.c_attn.weight".
-    /// Valid as long as the model handle.
+    /// The name that Hugging Face's gpt2 or llama gives it, such as
+    /// "transformer.h.0.attn.c_attn.weight"; see mxt_architecture for what has no name there. Valid as
+    /// long as the model handle.
     pub name: *const c_char,
     /// Product of the dimensions.
     pub element_count: u64,
-    /// The dimensions, slowest first; those from rank on are 0. Linear weights are (in, out).
+    /// The dimensions, slowest first; those from rank on are 0. Linear weights of GPT-2
+    /// are (in, out), those of Llama's blocks (out, in).
     pub shape: [u64; MXT_MAX_RANK],
     /// Number of dimensions.
     pub rank: u32,
@@ -268,7 +385,7 @@ pub unsafe extern "C" fn mxt_model_config_init(
     guard::function("mxt_model_config_init", || unsafe { structs::init(config, struct_size) })
 }
 
-/// Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it
+/// Makes a model with random initial weights, as GPT-2's, drawn from the engine's seed, and stores it
 /// in `*model` for the caller to free.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field),
@@ -291,9 +408,9 @@ pub unsafe extern "C" fn mxt_model_new(
 }
 
 /// Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-/// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
-/// 64 bits, in one file or in several with an index; a head that differs from the embedding stays
-/// one of its own.
+/// (gpt2, llama, mistral, qwen2 or qwen3), and stores it in `*model` for the caller to free. Weights
+/// are safetensors in 16, 32 or 64 bits, in one file or in several with an index; a head that differs
+/// from the embedding stays one of its own.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 /// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a
@@ -315,8 +432,8 @@ pub unsafe extern "C" fn mxt_model_load(
     }
 }
 
-/// Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-/// folder is made if it is not there. A failure, or a kill at any instant, leaves a whole
+/// Saves weights and configuration as a folder that Hugging Face transformers opens. The folder is
+/// made if it is not there. A failure, or a kill at any instant, leaves a whole
 /// checkpoint there, the one before or the new one. Whatever else is in the folder stays, and so do
 /// keys of the configuration that a loaded model came with, such as special tokens.
 ///
@@ -575,8 +692,10 @@ pub unsafe extern "C" fn mxt_model_tensor_info(
     }
 }
 
-/// Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
-/// room for and must be the tensor's element_count. `values` may lie in memory of the engine's GPU.
+/// Copies tensor `name` into `values`, row-major; or, of one that files have in parts, a part by its
+/// name there, such as "model.layers.0.self_attn.q_proj.weight". `count` is the number of floats that
+/// `values` has room for and must be the tensor's element_count, or the part's. `values`
+/// may lie in memory of the engine's GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 /// wrong count), MXT_ERROR_BUSY.
@@ -599,8 +718,9 @@ pub unsafe extern "C" fn mxt_model_tensor_read(
     }
 }
 
-/// Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
-/// and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+/// Overwrites tensor `name`, or a part of one, with `values`, as mxt_model_tensor_read has them.
+/// `count` is the number of floats in `values` and must be the tensor's element_count, or the part's.
+/// The moments of a trainer of this model stay as they are.
 /// `values` may lie in memory of the engine's GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a

@@ -1,7 +1,8 @@
 //! Adapters alone, as PEFT's folders have them: `adapter_config.json` and
 //! `adapter_model.safetensors`.
 //!
-//! PEFT names tensors by the modules of the model that it wraps, `base_model.model.` and our name.
+//! PEFT names tensors by the modules of the model that it wraps, `base_model.model.` and our name, or
+//! of a layer that files have in parts those (`adapter_parts`).
 //! Which layers are adapted is read from the tensors, not from `target_modules`, in which one word
 //! may stand for several layers and be a pattern; a list there is only checked to have them all, as
 //! PEFT leaves out what it does not have.
@@ -12,10 +13,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::adapter_parts::{Found, InParts, names_in_files};
 use super::files::{Files, OpenFile, Place};
-use super::tensors::{self, FLOATS, TensorFile};
+use super::tensors::{self, TensorFile};
 use super::{TensorRead, cannot_open, folder, in_place, name_all, read_json, room_for_headers};
-use crate::gpt::{Lora, ModelConfig, TensorInfo};
+use crate::gpt::{Lora, ModelConfig, ParamSpec, ParamTable, TensorInfo};
+use crate::reserve::collect;
 use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
@@ -28,27 +31,35 @@ const PREFIX: &str = "base_model.model.";
 ///
 /// # Errors
 /// As of `save` beside.
-pub(crate) fn save(place: Place<'_>, lora: &Lora, adapters: &dyn TensorRead) -> Result<()> {
+pub(crate) fn save(
+    place: Place<'_>,
+    config: &ModelConfig,
+    lora: &Lora,
+    adapters: &dyn TensorRead,
+) -> Result<()> {
+    let adapters = &InParts::new(config, adapters)? as &dyn TensorRead;
     let _spare = room_for_headers(adapters.tensors().iter())?;
     place.replace(&[CONFIG, TENSORS], TENSORS, |new| {
-        new.put(CONFIG, to_json(lora).as_bytes())?;
+        new.put(CONFIG, to_json(config, lora).as_bytes())?;
         let named = name_all(adapters, |name| format!("{PREFIX}{name}"));
         tensors::write(new, TENSORS, &named, &[("format", "pt".into())])?;
         Ok(())
     })
 }
 
-fn to_json(lora: &Lora) -> String {
+fn to_json(config: &ModelConfig, lora: &Lora) -> String {
     let Lora { rank, alpha, .. } = lora;
     // PEFT's own is a whole number.
     let alpha =
         if alpha.fract() == 0.0 && *alpha < 1e9 { json!(*alpha as u64) } else { json!(alpha) };
+    let layers = modules_of(config).into_iter().zip(lora.layers).filter(|(_, is)| *is);
+    let targets: Vec<_> = layers.flat_map(|(modules, _)| modules.iter().copied()).collect();
     let object = json!({
         "alpha_pattern": {},
         "auto_mapping": null,
         "base_model_name_or_path": null,
         "bias": "none",
-        "fan_in_fan_out": true,
+        "fan_in_fan_out": !config.is_llama(),
         "inference_mode": true,
         "init_lora_weights": true,
         "layers_pattern": null,
@@ -60,7 +71,7 @@ fn to_json(lora: &Lora) -> String {
         "r": rank,
         "rank_pattern": {},
         "revision": null,
-        "target_modules": lora.layer_names().collect::<Vec<_>>(),
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_dora": false,
         "use_rslora": false,
@@ -73,6 +84,23 @@ pub(crate) struct AdapterFiles<'a> {
     path: PathBuf,
     file: OpenFile<'a>,
     lora: Lora,
+    /// What the file says of the rank.
+    rank: usize,
+    /// By how much that of ours is larger.
+    stacked: usize,
+}
+
+/// The layers of a block as PEFT names them, by number.
+fn modules_of(config: &ModelConfig) -> [&'static [&'static str]; 4] {
+    match config.is_llama() {
+        false => [&["attn.c_attn"], &["attn.c_proj"], &["mlp.c_fc"], &["mlp.c_proj"]],
+        true => [
+            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            &["self_attn.o_proj"],
+            &["mlp.gate_proj", "mlp.up_proj"],
+            &["mlp.down_proj"],
+        ],
+    }
 }
 
 impl<'a> AdapterFiles<'a> {
@@ -119,20 +147,29 @@ impl<'a> AdapterFiles<'a> {
         let (config, text) = open(CONFIG)?;
         let Settings { rank, alpha, targets } = parse(&config, &read_json(&config, &text)?)?;
         let (path, file) = open(TENSORS)?;
-        let layers = layers_of(&TensorFile::open(&path, &file)?);
+        let tensors = TensorFile::open(&path, &file)?;
+        let (layers, modules) = layers_of(model, &tensors);
         if layers == [false; 4] {
+            let [example, blocks] = match model.is_llama() {
+                false => ["transformer.h.0.attn.c_attn", "GPT-2"],
+                true => ["model.layers.0.self_attn.q_proj", "Llama"],
+            };
             let message = format!(
-                "expected adapters such as {PREFIX}transformer.h.0.attn.c_attn.lora_A.weight, found \
-                 none of a linear layer of GPT-2's blocks"
+                "expected adapters such as {PREFIX}{example}.lora_A.weight, found none of a linear \
+                 layer of {blocks}'s blocks"
             );
             return Err(Error::format(&path, message));
         }
-        check_targets(&config, &targets, layers)?;
+        check_targets(&config, &targets, &modules)?;
         let lora = Lora { rank, alpha, layers };
         lora.validate().map_err(|error| Error::format(&config, error.to_string()))?;
         let adapted = ModelConfig { lora: Some(lora), ..model.clone() };
-        // Before anyone allocates memory for what a damaged file announces.
-        let count = adapted.parameter_count() - model.parameter_count();
+        // Before anyone allocates memory for what a damaged file announces. Of a layer in parts there is
+        // at least the A of one, and its B.
+        let mut count = adapted.parameter_count() - model.parameter_count();
+        if model.is_llama() {
+            count /= 3;
+        }
         let bytes = file.size(&path)?;
         if count.saturating_mul(2) > bytes {
             let message = format!(
@@ -142,7 +179,29 @@ impl<'a> AdapterFiles<'a> {
             );
             return Err(Error::mismatch(&path, message));
         }
-        Ok(Self { path, file, lora })
+        let mut files = Self { path, file, lora, rank, stacked: 1 };
+        files.stacked = files.with(model, |found| found.stacked(&infos(&adapted)?))?;
+        files.lora.rank *= files.stacked;
+        files.lora.alpha *= files.stacked as f32;
+        let Lora { rank, .. } = files.lora;
+        files.lora.validate().map_err(|error| {
+            let message = format!("r: of several modules that are one layer here, {rank}: {error}");
+            Error::format(&config, message)
+        })?;
+        Ok(files)
+    }
+
+    /// Calls `f` with what is in the file.
+    fn with<T>(&self, config: &ModelConfig, f: impl FnOnce(&Found<'_>) -> Result<T>) -> Result<T> {
+        let file = TensorFile::open(&self.path, &self.file)?;
+        let names = file.names();
+        // By the names that the model has.
+        let by_ours: HashMap<_, _> = names
+            .iter()
+            .filter_map(|name| Some((whole_name(config, name.strip_prefix(PREFIX)?), name)))
+            .collect();
+        let named = |name: &str| by_ours.get(name).map(|name| (*name).clone());
+        f(&Found { file: &file, named: &named, config, rank: self.rank })
     }
 
     /// What it says of them.
@@ -157,46 +216,52 @@ impl<'a> AdapterFiles<'a> {
     /// shape or one that the model has no place for, [`Error::NotFinite`].
     pub(crate) fn read(
         &self,
+        config: &ModelConfig,
         tensors: &[TensorInfo],
         write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
-        let file = TensorFile::open(&self.path, &self.file)?;
-        let names = file.names();
-        // By the names that the model has.
-        let ours = |name: &str| name.strip_prefix(PREFIX).map(whole_name);
-        let by_ours: HashMap<_, _> =
-            names.iter().filter_map(|name| Some((ours(name)?, name))).collect();
-        let known: HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-        file.check_surplus(|name| ours(name).is_some_and(|name| known.contains(name.as_str())))?;
-        let mut values = Vec::new();
-        for (index, tensor) in tensors.iter().enumerate() {
-            let Some(name) = by_ours.get(&tensor.name) else {
-                let message = format!(
-                    "tensor {PREFIX}{}: missing; every block has the same adapters",
-                    tensor.name
-                );
-                return Err(Error::format(&self.path, message));
-            };
-            file.read(name, &tensor.shape, &FLOATS, &mut values)?;
-            write(index, &values)?;
-        }
-        Ok(())
+        let known: HashSet<_> = names_in_files(config, tensors)?.into_iter().collect();
+        self.with(config, |found| {
+            found.file.check_surplus(|name| {
+                let ours = name.strip_prefix(PREFIX).map(|name| whole_name(config, name));
+                ours.is_some_and(|name| known.contains(&name))
+            })?;
+            let mut values = Vec::new();
+            for (index, tensor) in tensors.iter().enumerate() {
+                found.read(tensor, self.stacked, &mut values)?;
+                write(index, &values)?;
+            }
+            Ok(())
+        })
     }
 }
 
-/// Of a model without its head, names lack this.
-fn whole_name(name: &str) -> String {
-    const MODEL: &str = "transformer.";
-    if name.starts_with(MODEL) { name.to_owned() } else { format!("{MODEL}{name}") }
+/// Name and shape of every adapter of such a model.
+fn infos(config: &ModelConfig) -> Result<Vec<TensorInfo>> {
+    let table = ParamTable::new(config, 1)?;
+    let adapters = table.specs().iter().filter(|spec| spec.is_adapter).map(ParamSpec::info);
+    collect("the names of the adapters", adapters)
 }
 
-/// Which layers of any block have an adapter.
-fn layers_of(file: &TensorFile<'_>) -> [bool; 4] {
-    let names = file.names();
-    Lora::LAYERS.map(|layer| {
-        let end = format!(".{layer}.lora_A.weight");
-        names.iter().any(|name| name.ends_with(&end))
-    })
+/// Of a model without its head, names lack this.
+fn whole_name(config: &ModelConfig, name: &str) -> String {
+    let prefix = if config.is_llama() { "model." } else { "transformer." };
+    if name.starts_with(prefix) { name.to_owned() } else { format!("{prefix}{name}") }
+}
+
+/// Which layers of any block have an adapter, and which modules.
+fn layers_of(config: &ModelConfig, file: &TensorFile<'_>) -> ([bool; 4], Vec<&'static str>) {
+    let (names, mut modules) = (file.names(), Vec::new());
+    let layers = modules_of(config).map(|of_layer| {
+        let has = |module: &&&str| {
+            let end = format!(".{module}.lora_A.weight");
+            names.iter().any(|name| name.ends_with(&end))
+        };
+        let before = modules.len();
+        modules.extend(of_layer.iter().filter(has));
+        modules.len() > before
+    });
+    (layers, modules)
 }
 
 /// What a configuration says of adapters.
@@ -207,24 +272,24 @@ struct Settings {
     targets: Vec<String>,
 }
 
-/// An error where PEFT would leave out layers that have tensors.
-fn check_targets(path: &Path, targets: &[String], layers: [bool; 4]) -> Result<()> {
+/// An error where PEFT would leave out modules that have tensors.
+fn check_targets(path: &Path, targets: &[String], modules: &[&str]) -> Result<()> {
     // Those of single blocks are modules that PEFT has found itself.
-    if targets.is_empty() || targets.iter().any(|target| target.contains("h.")) {
+    let of_block = |target: &String| target.contains("h.") || target.contains("layers.");
+    if targets.is_empty() || targets.iter().any(of_block) {
         return Ok(());
     }
-    let is_target = |layer: &str| {
-        targets.iter().filter_map(|target| layer.strip_suffix(target.as_str())).any(|rest| {
+    let is_target = |module: &str| {
+        targets.iter().filter_map(|target| module.strip_suffix(target.as_str())).any(|rest| {
             // A whole name, or what is behind a point of it.
             rest.is_empty() || rest.ends_with('.')
         })
     };
-    let adapted = Lora::LAYERS.into_iter().zip(layers).filter(|(_, is)| *is);
-    match adapted.map(|(layer, _)| layer).find(|layer| !is_target(layer)) {
+    match modules.iter().find(|module| !is_target(module)) {
         None => Ok(()),
-        Some(layer) => {
+        Some(module) => {
             let message = format!(
-                "target_modules: expected {layer}, of which the file of tensors has adapters, found \
+                "target_modules: expected {module}, of which the file of tensors has adapters, found \
                  {targets:?}"
             );
             Err(Error::format(path, message))

@@ -1,4 +1,5 @@
-//! `config.json`: the model's shape, as Hugging Face's `GPT2Config` writes and reads it.
+//! `config.json`: the model's shape, as Hugging Face's `GPT2Config` writes and reads it, or those of
+//! models with Llama's blocks (`llama`).
 //!
 //! A loaded model keeps the file as it was found (`FoundConfig`). A save writes it again, keys that
 //! nobody here reads included, except where it says something else than the weights.
@@ -7,9 +8,25 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::StoredWeights;
+use super::files::OpenFile;
+use super::llama::{self, Class};
+use super::{CONFIG, StoredWeights, read_json};
 use crate::gpt::{Activation, Lora, ModelConfig};
 use crate::{Error, Result};
+
+impl ModelConfig {
+    /// The shape that a `config.json` of Hugging Face describes, or that of a folder, without its
+    /// weights.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] naming the key, or what is not supported.
+    pub fn read(path: &Path) -> Result<Self> {
+        let path = if path.is_dir() { &path.join(CONFIG) } else { path };
+        let file = OpenFile::Disk(std::fs::File::open(path).map_err(Error::io("open", path))?);
+        file.check_is_file(path)?;
+        Ok(from_json(path, &read_json(path, &file)?)?.0)
+    }
+}
 
 /// `config.json` as a model was loaded with it. What this library does not look at (special tokens,
 /// dropout, anything new) goes into the files of later saves.
@@ -24,25 +41,20 @@ pub(super) fn to_json(
     found: Option<&FoundConfig>,
     stored: StoredWeights,
 ) -> String {
-    // GPT-2's end-of-text token, where the vocabulary has it.
-    let end_of_text = (config.vocab_size > 50256).then_some(50256);
     let mut object = match found {
         Some(FoundConfig(object)) => object.clone(),
-        None => object_of(json!({
-            "attn_pdrop": 0.0,
-            "bos_token_id": end_of_text,
-            "dtype": stored.dtype_name(),
-            "embd_pdrop": 0.0,
-            "eos_token_id": end_of_text,
-            "initializer_range": 0.02,
-            "n_ctx": config.context_length,
-            "reorder_and_upcast_attn": false,
-            "resid_pdrop": 0.0,
-            "use_cache": true,
-        })),
+        None => object_of_new(config, stored),
+    };
+    let kind = object.get("model_type").and_then(Value::as_str);
+    let (class, kind) = match config.is_llama() {
+        false => ("GPT2LMHeadModel", "gpt2"),
+        true => {
+            let class = Class::of(config, kind);
+            (class.name, class.kind)
+        }
     };
     // The names of our tensors are those of this class.
-    object.insert("architectures".into(), json!(["GPT2LMHeadModel"]));
+    object.insert("architectures".into(), json!([class]));
     // transformers makes of weights what these say.
     for key in ["dtype", "torch_dtype"] {
         if let Some(dtype) = object.get_mut(key) {
@@ -54,9 +66,32 @@ pub(super) fn to_json(
         None => object.remove(LORA),
     };
     if parse(Path::new(""), &object).ok().as_ref() != Some(config) {
-        object.extend(keys_of(config));
+        object.extend(keys_of(config, kind));
     }
     format!("{:#}\n", Value::Object(object))
+}
+
+/// What a new model's file has besides the keys that say what it computes.
+fn object_of_new(config: &ModelConfig, stored: StoredWeights) -> Map<String, Value> {
+    if config.is_llama() {
+        let mut object = llama::defaults(Class::of(config, None).kind);
+        object.insert("dtype".into(), json!(stored.dtype_name()));
+        return object;
+    }
+    // GPT-2's end-of-text token, where the vocabulary has it.
+    let end_of_text = (config.vocab_size > 50256).then_some(50256);
+    object_of(json!({
+        "attn_pdrop": 0.0,
+        "bos_token_id": end_of_text,
+        "dtype": stored.dtype_name(),
+        "embd_pdrop": 0.0,
+        "eos_token_id": end_of_text,
+        "initializer_range": 0.02,
+        "n_ctx": config.context_length,
+        "reorder_and_upcast_attn": false,
+        "resid_pdrop": 0.0,
+        "use_cache": true,
+    }))
 }
 
 /// The key of the adapters, whose weights lie beside the model's.
@@ -66,18 +101,23 @@ pub(super) fn to_json(
 const LORA: &str = "mxfp4train_lora";
 
 fn of_lora(lora: &Lora) -> Value {
-    // The shortest decimal that gives this f32.
-    let alpha: Option<f64> = lora.alpha.to_string().parse().ok();
-    json!({ "rank": lora.rank, "alpha": alpha, "layers": lora.layer_names().collect::<Vec<_>>() })
+    let (alpha, names) = (exact(lora.alpha), lora.layer_names().collect::<Vec<_>>());
+    json!({ "rank": lora.rank, "alpha": alpha, "layers": names })
 }
 
-/// The keys that say what the model computes.
-fn keys_of(config: &ModelConfig) -> Map<String, Value> {
-    // The shortest decimal that gives this f32, so 1e-5 and not 9.999999747378752e-6.
-    let epsilon: Option<f64> = config.layer_norm_epsilon.to_string().parse().ok();
+/// The shortest decimal that gives this f32, so 1e-5 and not 9.999999747378752e-6.
+pub(super) fn exact(value: f32) -> Value {
+    json!(value.to_string().parse::<f64>().ok())
+}
+
+/// The keys that say what the model computes, in a file of this `model_type`.
+fn keys_of(config: &ModelConfig, kind: &str) -> Map<String, Value> {
+    if config.is_llama() {
+        return llama::keys_of(config, kind);
+    }
     object_of(json!({
         "activation_function": config.activation.to_string(),
-        "layer_norm_epsilon": epsilon,
+        "layer_norm_epsilon": exact(config.layer_norm_epsilon),
         "model_type": "gpt2",
         "n_embd": config.channels,
         "n_head": config.heads,
@@ -91,7 +131,7 @@ fn keys_of(config: &ModelConfig) -> Map<String, Value> {
     }))
 }
 
-fn object_of(value: Value) -> Map<String, Value> {
+pub(super) fn object_of(value: Value) -> Map<String, Value> {
     match value {
         Value::Object(object) => object,
         _ => Map::new(),
@@ -114,34 +154,13 @@ pub(super) fn from_json(path: &Path, text: &[u8]) -> Result<(ModelConfig, FoundC
 
 fn parse(path: &Path, object: &Map<String, Value>) -> Result<ModelConfig> {
     let keys = Keys { path, object };
-    keys.check_model()?;
-    if keys.flag("add_cross_attention", false)? {
-        return Err(keys.error("add_cross_attention", "false"));
-    }
-    let config = ModelConfig {
-        vocab_size: keys.count("vocab_size")?,
-        context_length: keys.count("n_positions")?,
-        layers: keys.count("n_layer")?,
-        heads: keys.count("n_head")?,
-        channels: keys.count("n_embd")?,
-        layer_norm_epsilon: keys.float("layer_norm_epsilon", 1e-5)?,
-        mlp_channels: match object.get("n_inner") {
-            None | Some(Value::Null) => 0,
-            Some(_) => keys.count("n_inner")?,
-        },
-        activation: keys.activation()?,
-        tied_head: keys.flag("tie_word_embeddings", true)?,
-        scale_attention: keys.flag("scale_attn_weights", true)?,
-        scale_attention_by_layer: keys.flag("scale_attn_by_inverse_layer_idx", false)?,
-        lora: keys.lora()?,
+    let kind = object.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    let (config, in_words): (_, fn(Error) -> String) = match Class::of_kind(kind) {
+        Some(class) => (class.parse(&keys)?, llama::in_words_of_file),
+        None => (keys.gpt2()?, in_words_of_file),
     };
-    if object.get("n_inner").and_then(Value::as_u64) == Some(0) {
-        return Err(keys.error("n_inner", "null or a number from 1 on"));
-    }
-    if config.heads > 0 && !config.channels.is_multiple_of(config.heads) {
-        return Err(keys.error("n_head", &format!("a divisor of n_embd ({})", config.channels)));
-    }
-    config.validate().map_err(|e| Error::format(path, in_words_of_file(e)))?;
+    let config = ModelConfig { lora: keys.lora()?, ..config };
+    config.validate().map_err(|e| Error::format(path, in_words(e)))?;
     Ok(config.canonical())
 }
 
@@ -163,6 +182,14 @@ fn in_words_of_file(error: Error) -> String {
 /// a way that no tensor's shape betrays (heads, epsilon) is found out. What GPT-2 has not is named
 /// only where it is, so that files of earlier versions say the same.
 pub(super) fn summary(config: &ModelConfig) -> String {
+    if config.is_llama() {
+        // Of a kind that says how it is computed, whatever class it came as.
+        let keys = keys_of(config, Class::of(config, None).kind);
+        let said =
+            keys.iter().filter(|(key, _)| !["rope_theta", "rope_scaling"].contains(&key.as_str()));
+        let words: Vec<_> = said.map(|(key, value)| format!("{key}={value}")).collect();
+        return with_lora(words.join(" "), config);
+    }
     let mut text = format!(
         "vocab_size={} n_positions={} n_layer={} n_head={} n_embd={} layer_norm_epsilon={:e}",
         config.vocab_size,
@@ -172,8 +199,8 @@ pub(super) fn summary(config: &ModelConfig) -> String {
         config.channels,
         config.layer_norm_epsilon
     );
-    let keys = keys_of(config);
-    for (key, value) in keys_of(&ModelConfig::default()) {
+    let keys = keys_of(config, "gpt2");
+    for (key, value) in keys_of(&ModelConfig::default(), "gpt2") {
         const OPTIONAL: [&str; 5] = [
             "activation_function",
             "n_inner",
@@ -185,24 +212,65 @@ pub(super) fn summary(config: &ModelConfig) -> String {
             text.push_str(&format!(" {key}={}", keys[&key]));
         }
     }
+    with_lora(text, config)
+}
+
+fn with_lora(mut text: String, config: &ModelConfig) -> String {
     if let Some(lora) = &config.lora {
         text.push_str(&format!(" {LORA}={}", of_lora(lora)));
     }
     text
 }
 
-struct Keys<'a> {
-    path: &'a Path,
-    object: &'a Map<String, Value>,
+/// The keys of an object of a file.
+pub(super) struct Keys<'a> {
+    pub(super) path: &'a Path,
+    pub(super) object: &'a Map<String, Value>,
 }
 
 impl Keys<'_> {
-    fn error(&self, key: &str, expected: &str) -> Error {
+    pub(super) fn value(&self, key: &str) -> Option<&Value> {
+        self.object.get(key)
+    }
+
+    pub(super) fn error(&self, key: &str, expected: &str) -> Error {
         let message = match self.object.get(key) {
             Some(found) => format!("{key}: expected {expected}, found {found}"),
             None => format!("{key}: expected {expected}, found no such key"),
         };
         Error::format(self.path, message)
+    }
+
+    /// A GPT-2.
+    fn gpt2(&self) -> Result<ModelConfig> {
+        self.check_model()?;
+        if self.flag("add_cross_attention", false)? {
+            return Err(self.error("add_cross_attention", "false"));
+        }
+        let config = ModelConfig {
+            vocab_size: self.count("vocab_size")?,
+            context_length: self.count("n_positions")?,
+            layers: self.count("n_layer")?,
+            heads: self.count("n_head")?,
+            channels: self.count("n_embd")?,
+            layer_norm_epsilon: self.float("layer_norm_epsilon", 1e-5)?,
+            mlp_channels: match self.object.get("n_inner") {
+                None | Some(Value::Null) => 0,
+                Some(_) => self.count("n_inner")?,
+            },
+            activation: self.activation()?,
+            tied_head: self.flag("tie_word_embeddings", true)?,
+            scale_attention: self.flag("scale_attn_weights", true)?,
+            scale_attention_by_layer: self.flag("scale_attn_by_inverse_layer_idx", false)?,
+            ..ModelConfig::default()
+        };
+        if self.object.get("n_inner").and_then(Value::as_u64) == Some(0) {
+            return Err(self.error("n_inner", "null or a number from 1 on"));
+        }
+        if config.heads > 0 && !config.channels.is_multiple_of(config.heads) {
+            return Err(self.error("n_head", &format!("a divisor of n_embd ({})", config.channels)));
+        }
+        Ok(config)
     }
 
     /// An error for a model of another kind.
@@ -215,12 +283,18 @@ impl Keys<'_> {
             Some(Value::String(class)) => format!(" ({class})"),
             _ => String::new(),
         };
+        let known = kind.and_then(Value::as_str).and_then(llama::why_not);
         let (found, why) = match kind {
-            Some(kind) => (kind.to_string(), "models of other architectures are not read"),
+            Some(kind) => {
+                let why = known.unwrap_or("models of other architectures are not read");
+                (kind.to_string(), why)
+            }
             // As the first versions of transformers wrote it.
             None => ("no such key".into(), "if it is a GPT-2, add \"model_type\": \"gpt2\""),
         };
-        let message = format!("model_type: expected \"gpt2\", found {found}{class}; {why}");
+        let kinds = llama::CLASSES.map(|class| format!("{:?}", class.kind)).join(", ");
+        let message =
+            format!("model_type: expected \"gpt2\", {kinds}, found {found}{class}; {why}");
         Err(Error::format(self.path, message))
     }
 
@@ -247,7 +321,7 @@ impl Keys<'_> {
         Ok(Some(lora))
     }
 
-    fn flag(&self, key: &str, default: bool) -> Result<bool> {
+    pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         match self.object.get(key) {
             None => Ok(default),
             Some(Value::Bool(value)) => Ok(*value),
@@ -255,14 +329,30 @@ impl Keys<'_> {
         }
     }
 
-    fn count(&self, key: &str) -> Result<usize> {
+    pub(super) fn count(&self, key: &str) -> Result<usize> {
         let value = self.object.get(key).and_then(Value::as_u64);
         value
             .and_then(|value| value.try_into().ok())
             .ok_or_else(|| self.error(key, "a whole number"))
     }
 
-    fn float(&self, key: &str, default: f32) -> Result<f32> {
+    /// A number from 1 on.
+    pub(super) fn at_least_one(&self, key: &str) -> Result<usize> {
+        match self.count(key)? {
+            0 => Err(self.error(key, "a number from 1 on")),
+            count => Ok(count),
+        }
+    }
+
+    /// A number that has to be there.
+    pub(super) fn number(&self, key: &str) -> Result<f32> {
+        if self.object.get(key).is_none() {
+            return Err(self.error(key, "a number"));
+        }
+        self.float(key, 0.0)
+    }
+
+    pub(super) fn float(&self, key: &str, default: f32) -> Result<f32> {
         match self.object.get(key) {
             None => Ok(default),
             // From its decimals straight to f32: by way of f64 it would be rounded twice.
@@ -315,7 +405,8 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_named() {
         for (key, value, parts) in [
-            ("model_type", Some(json!("llama")), ["expected \"gpt2\"", "found \"llama\""]),
+            ("model_type", Some(json!("opt")), ["expected \"gpt2\"", "found \"opt\""]),
+            ("model_type", Some(json!("mixtral")), ["found \"mixtral\"", "mixtures of experts"]),
             ("model_type", None, ["expected \"gpt2\"", "no such key"]),
             ("activation_function", Some(json!("relu")), ["\"gelu_new\" (", "found \"relu\""]),
             ("activation_function", Some(json!("silu")), ["or \"gelu\"", "found \"silu\""]),
@@ -437,7 +528,16 @@ mod tests {
         found.insert("architectures".into(), json!(["GPT2Model"]));
         let text = serde_json::to_string(&found).unwrap();
         let (config, kept) = from_json(Path::new("x/config.json"), text.as_bytes()).unwrap();
-        let config = ModelConfig { tied_head: false, ..config };
+        let config = ModelConfig {
+            architecture: Default::default(),
+            kv_heads: 0,
+            head_size: 0,
+            qkv_bias: false,
+            qk_norm: false,
+            rope: Default::default(),
+            tied_head: false,
+            ..config
+        };
         let text = to_json(&config, Some(&kept), StoredWeights::F32);
         assert_eq!(read(&text).unwrap(), config);
         let written: Map<_, _> = serde_json::from_str(&text).unwrap();
@@ -448,10 +548,11 @@ mod tests {
 
     #[test]
     fn a_model_of_another_kind_is_named() {
-        let text = r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}"#;
+        let text = r#"{"model_type": "opt", "architectures": ["OPTForCausalLM"]}"#;
         let message = read(text).unwrap_err().to_string();
-        assert!(message.contains("found \"llama\" (LlamaForCausalLM)"), "{message}");
+        assert!(message.contains("found \"opt\" (OPTForCausalLM)"), "{message}");
         let message = read("{}").unwrap_err().to_string();
-        assert!(message.contains("expected \"gpt2\", found no such key; if it is"), "{message}");
+        assert!(message.contains("expected \"gpt2\", \"llama\", \"mistral\""), "{message}");
+        assert!(message.contains("found no such key; if it is"), "{message}");
     }
 }

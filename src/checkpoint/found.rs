@@ -105,7 +105,7 @@ fn base_of_adapter(path: &Path) -> String {
 fn conversion_of(name: &str) -> Option<(u8, String)> {
     let transformers = |options: &str, version: &str| {
         let command = python(&format!(
-            "from transformers import GPT2LMHeadModel as M; \
+            "from transformers import AutoModelForCausalLM as M; \
              M.from_pretrained('.'{options}).save_pretrained('.')"
         ));
         Some((0, format!("convert it{version}: run in this folder {command}")))

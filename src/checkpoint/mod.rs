@@ -12,11 +12,14 @@
 //! damage and mixed-up files are errors and not a worse model.
 
 mod adapter;
+mod adapter_parts;
 mod config;
 mod files;
 mod folder;
 mod found;
 mod in_place;
+mod llama;
+mod parts;
 mod state;
 mod stored;
 mod tensors;
@@ -44,6 +47,7 @@ pub(crate) use files::Place;
 pub use files::{FileRead, FileSave, Files, MemoryFiles};
 use files::{NewFiles, OpenFile};
 pub(crate) use folder::{existing, put_back};
+use parts::InParts;
 pub(crate) use safetensors::tensor::Dtype;
 use stored::Stored;
 pub use stored::StoredWeights;
@@ -78,7 +82,7 @@ pub struct StoredTensor {
     pub shape: Vec<usize>,
 }
 
-/// Tensors that can be saved, in the shape and order of Hugging Face's `gpt2`.
+/// Tensors that can be saved, in the shapes and order of Hugging Face's.
 pub(crate) trait TensorRead {
     /// Name and shape of every tensor.
     fn tensors(&self) -> &[TensorInfo];
@@ -179,6 +183,7 @@ pub(crate) fn save(
     let ModelPart { config, found, weights, stored } = model;
     // Of its names, too, which MXFP4 doubles.
     let _spare_for_names = room_for_headers(weights.tensors().iter())?;
+    let weights = &InParts::new(config, weights)?;
     let weights = &Stored::new(weights, stored) as &dyn TensorRead;
     let states = trainer.iter().flat_map(|trainer| trainer.states).copied();
     let others = trainer.iter().flat_map(|trainer| trainer.others).map(|(_, values)| *values);
@@ -296,7 +301,7 @@ impl<'a> Checkpoint<'a> {
         let path = self.dir.join(CONFIG);
         let (mut config, found) = config::from_json(&path, &self.json(0)?)?;
         let weights = self.weight_files()?;
-        config.tied_head = weights.is_tied(config.tied_head)?;
+        config.tied_head = weights.is_tied(&config)?;
         if let Some(saved) = weights.metadata(SHAPE)
             && saved != config::summary(&config)
         {
@@ -321,8 +326,8 @@ impl<'a> Checkpoint<'a> {
 
     /// The weights: calls `write(index, values)` once for every entry of `tensors`, in order.
     ///
-    /// Names may lack the prefix `transformer.`. Buffers (`attn.bias`, `attn.masked_bias`) are
-    /// passed over, and so is a head where the model has none of its own; but one that stands in
+    /// Names may lack the prefix `transformer.` or `model.`. Buffers (`attn.bias`, `attn.masked_bias`,
+    /// `rotary_emb.inv_freq`) are passed over, and so is a head where the model has none of its own; but one that stands in
     /// place of the embedding is read.
     ///
     /// # Errors
@@ -331,10 +336,11 @@ impl<'a> Checkpoint<'a> {
     /// weight.
     pub(crate) fn weights(
         &self,
+        config: &ModelConfig,
         tensors: &[TensorInfo],
         write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
-        self.weight_files()?.read(tensors, write)
+        self.weight_files()?.read(config, tensors, write)
     }
 
     /// All tensors of the files with the weights, in their order.

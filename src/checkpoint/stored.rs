@@ -78,6 +78,9 @@ impl Linear {
         if tensor.name == HEAD {
             return Some(Self { outputs: rows, inputs: cols, is_turned: false });
         }
+        if tensor.name.starts_with("model.layers.") {
+            return Some(Self { outputs: rows, inputs: cols, is_turned: false });
+        }
         let is_in_block = tensor.name.starts_with("transformer.h.");
         is_in_block.then_some(Self { outputs: cols, inputs: rows, is_turned: true })
     }

@@ -1,6 +1,6 @@
 //! The weights of a model as they lie in a folder: in one tensor file, or in several and an index.
 //!
-//! Writers differ in names, too. The prefix `transformer.` may be missing; and of the two names
+//! Writers differ in names, too. The prefix `transformer.`, or `model.` of Llama's, may be missing; and of the two names
 //! that tied weights have, the embedding's and the head's, either may be the one that was kept.
 
 use std::collections::{BTreeMap, HashSet};
@@ -10,10 +10,12 @@ use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
 use super::SCALES;
+use super::parts::{self, Part};
 use super::stored::Linear;
 use super::tensors::{FLOATS, TensorFile, check_finite};
 use crate::formats::BLOCK;
-use crate::gpt::{HEAD, TensorInfo, WTE};
+use crate::gpt::{HEAD, ModelConfig, TensorInfo};
+use crate::reserve::reuse;
 use crate::{Error, Result};
 
 /// More files than any model comes in: each is kept open.
@@ -93,12 +95,12 @@ impl Weights<'_> {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::OutOfMemory`].
-    pub(super) fn is_tied(&self, configured: bool) -> Result<bool> {
-        let name = self.own_name(WTE);
+    pub(super) fn is_tied(&self, config: &ModelConfig) -> Result<bool> {
+        let name = self.own_name(config.embedding_name());
         let (Some(wte), Some(head)) = (self.file_of(name), self.file_of(HEAD)) else {
-            return Ok(configured);
+            return Ok(config.tied_head);
         };
-        Ok(configured && head.holds_same(HEAD, wte, name)?)
+        Ok(config.tied_head && head.holds_same(HEAD, wte, name)?)
     }
 
     /// Calls `write(index, values)` once for every entry of `tensors`, in order.
@@ -107,15 +109,17 @@ impl Weights<'_> {
     /// As of `Checkpoint::weights`.
     pub(super) fn read(
         &self,
+        config: &ModelConfig,
         tensors: &[TensorInfo],
         write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
-        let tied = !tensors.iter().any(|tensor| tensor.name == HEAD);
-        let names: Vec<_> = tensors
+        let parts = parts::parts(config, tensors)?;
+        let (tied, wte) = (config.tied_head, config.embedding_name());
+        let names: Vec<_> = parts
             .iter()
-            .map(|tensor| match self.own_name(&tensor.name) {
+            .map(|part| match self.own_name(&part.info.name) {
                 // The same weights by their other name.
-                name if tensor.name == WTE && tied && self.file_of(name).is_none() => {
+                name if part.info.name == wte && tied && self.file_of(name).is_none() => {
                     self.file_of(HEAD).map_or(name, |_| HEAD)
                 }
                 name => name,
@@ -123,21 +127,31 @@ impl Weights<'_> {
             .collect();
         let known: HashSet<_> = names.iter().copied().collect();
         self.check_surplus(|name| {
-            // Masks, which older versions saved; and a head that is tied.
-            let buffer = name.ends_with("attn.bias") || name.ends_with("attn.masked_bias");
+            // What older versions saved, masks and frequencies; and a head that is tied.
+            let ends = ["attn.bias", "attn.masked_bias", "rotary_emb.inv_freq"];
+            let buffer = ends.iter().any(|end| name.ends_with(end));
             let scales = name.strip_suffix(SCALES).is_some_and(|name| {
                 known.contains(name) && self.file_of(name).is_some_and(|file| file.is_mxfp4(name))
             });
             buffer || scales || known.contains(name) || (tied && name == HEAD)
         })?;
-        let mut values = Vec::new();
-        for (index, (name, tensor)) in names.iter().zip(tensors).enumerate() {
+        let (mut values, mut whole) = (Vec::new(), Vec::new());
+        for (name, Part { info, index, range }) in names.iter().zip(&parts) {
             let file = self.file_of(name).ok_or_else(|| self.missing(name))?;
-            match Linear::of(tensor).filter(|_| file.is_mxfp4(name)) {
+            match Linear::of(info).filter(|_| file.is_mxfp4(name)) {
                 Some(linear) => self.read_mxfp4(file, name, linear, &mut values)?,
-                None => file.read(name, &tensor.shape, &FLOATS, &mut values)?,
+                None => file.read(name, &info.shape, &FLOATS, &mut values)?,
             }
-            write(index, &values)?;
+            let len = tensors[*index].len();
+            if range.len() == len {
+                write(*index, &values)?;
+                continue;
+            }
+            let whole = reuse(&mut whole, "a tensor", len)?;
+            whole[range.clone()].copy_from_slice(&values);
+            if range.end == len {
+                write(*index, whole)?;
+            }
         }
         Ok(())
     }
@@ -163,7 +177,8 @@ impl Weights<'_> {
 
     /// The name that the files have for one of our tensors.
     fn own_name<'n>(&self, name: &'n str) -> &'n str {
-        match name.strip_prefix("transformer.") {
+        let short = ["transformer.", "model."].iter().find_map(|prefix| name.strip_prefix(prefix));
+        match short {
             Some(short) if self.file_of(name).is_none() && self.file_of(short).is_some() => short,
             _ => name,
         }

@@ -7,9 +7,9 @@
 use std::ops::{Index, IndexMut};
 
 use super::recompute::Recompute;
-use super::{ModelConfig, Shapes};
+use super::{Architecture, ModelConfig, Shapes};
 use crate::Result;
-use crate::backend::{Backend, NormStatistics};
+use crate::backend::{Backend, NormStatistics, Precision};
 use crate::formats::{LINEARS, LinearRecipe};
 use crate::reserve::collect;
 
@@ -76,6 +76,19 @@ pub(super) struct Beside<B: Backend> {
     pub(super) low: Layers<[Option<B::Tensor>; LINEARS]>,
 }
 
+/// What Llama's blocks need besides, one for all layers.
+pub(super) struct Rotary<B: Backend> {
+    /// (D / 2)
+    pub(super) frequencies: Vec<f32>,
+    /// (rows, D): what rows are turned by.
+    pub(super) table: B::Tensor,
+    /// The same of rows that a block keeps, where blocks drop tokens.
+    pub(super) kept: Option<B::Tensor>,
+    /// (rows, qkv channels): q and k as attention reads them and v, where the layer's result is kept
+    /// as it is for norms of heads.
+    pub(super) normed: Option<B::Tensor>,
+}
+
 /// Activations of one batch; rows = B T, or fewer within a block that drops tokens.
 pub(crate) struct Activations<B: Backend> {
     /// Input of each block, and the output of the last: (rows, C).
@@ -83,9 +96,10 @@ pub(crate) struct Activations<B: Backend> {
     /// (rows, C)
     pub(super) ln_1: Layers<B::Tensor>,
     pub(super) ln_1_statistics: Layers<NormStatistics<B::F32>>,
-    /// (rows, 3 C)
+    /// (rows, all heads of q, k and v); with q and k turned, where positions turn them in place.
     pub(super) qkv: Layers<B::Tensor>,
-    /// (rows, C)
+    pub(super) rotary: Option<Rotary<B>>,
+    /// (rows, all heads)
     pub(super) attention: Layers<B::Tensor>,
     /// (B, H, T)
     pub(super) lse: Layers<B::F32>,
@@ -94,9 +108,9 @@ pub(crate) struct Activations<B: Backend> {
     /// (rows, C)
     pub(super) ln_2: Layers<B::Tensor>,
     pub(super) ln_2_statistics: Layers<NormStatistics<B::F32>>,
-    /// (rows, M)
+    /// (rows, M), or gate and up (rows, 2 M), in whose place the backward pass may put their gradient.
     pub(super) fc1: Layers<B::Tensor>,
-    /// (rows, M)
+    /// What the second layer of the MLP reads: (rows, M).
     pub(super) gelu: Layers<B::Tensor>,
     pub(super) beside: Beside<B>,
     pub(super) dropping: Option<Dropping<B>>,
@@ -115,9 +129,10 @@ pub(crate) struct ActivationGradients<B: Backend> {
     pub(super) residual: B::Tensor,
     /// Of its rows that a block keeps, where blocks drop tokens: (rows, C) or fewer.
     pub(super) kept: Option<B::Tensor>,
-    /// Of whatever a layer of C channels put out or took in: (rows, C).
+    /// Of whatever a layer of C channels put out or took in, and of all heads of q: (rows, the
+    /// larger).
     pub(super) narrow: B::Tensor,
-    /// The same for 3 C or M channels: (rows, the larger).
+    /// The same for all heads of q, k and v, or M channels: (rows, the larger).
     pub(super) wide: B::Tensor,
 }
 
@@ -132,7 +147,7 @@ impl<B: Backend> Activations<B> {
     ) -> Result<Self> {
         let Shapes { config, sequences, precision } = shapes;
         let ModelConfig { layers, channels: c, heads, .. } = *config;
-        let (rows, [qkv, _, fc1, _]) = (sequences.rows(), shapes.linears());
+        let (rows, [qkv, attended, fc1, activated]) = (sequences.rows(), shapes.linears());
         let (recompute, everywhere, drops) = match kept {
             Some(ForBackward { recompute, everywhere, drops }) => {
                 (Some(recompute), everywhere, drops)
@@ -169,18 +184,31 @@ impl<B: Backend> Activations<B> {
             rstd: backend.f32(arena, rows),
         };
         let all_statistics = |arena: &mut B::Arena| Layers::new(numbers, || statistics(arena));
+        let rotary = match config.architecture {
+            Architecture::Gpt2 => None,
+            Architecture::Llama => {
+                let d = config.head_width();
+                let frequencies = config.rope.frequencies(d)?;
+                let mut table = || backend.tensor(arena, rows * d, Precision::F32);
+                let (table, kept) = (table(), drops.then(table));
+                let normed =
+                    config.qk_norm.then(|| backend.tensor(arena, rows * qkv.outputs, precision));
+                Some(Rotary { frequencies, table, kept, normed })
+            }
+        };
         Ok(Self {
             residual: tensors(arena, inputs, c)?,
             ln_1: tensors(arena, pointwise, c)?,
             ln_1_statistics: all_statistics(arena)?,
             qkv: tensors(arena, products, qkv.outputs)?,
-            attention: tensors(arena, products, c)?,
+            rotary,
+            attention: tensors(arena, products, attended.inputs)?,
             lse: Layers::new(numbers, || backend.f32(arena, rows * heads))?,
             middle: tensors(arena, products, c)?,
             ln_2: tensors(arena, pointwise, c)?,
             ln_2_statistics: all_statistics(arena)?,
             fc1: tensors(arena, products, fc1.outputs)?,
-            gelu: tensors(arena, pointwise, fc1.outputs)?,
+            gelu: tensors(arena, pointwise, activated.inputs)?,
             beside: Beside { turned, low },
             dropping: drops.then(|| Dropping {
                 selection: backend.selection(arena, sequences, layers),
@@ -224,12 +252,13 @@ impl<B: Backend> ActivationGradients<B> {
     /// `drops` tells whether blocks drop tokens.
     pub(crate) fn new(backend: &B, arena: &mut B::Arena, shapes: Shapes<'_>, drops: bool) -> Self {
         let Shapes { config, sequences, precision } = shapes;
-        let (rows, c, [qkv, _, fc1, _]) = (sequences.rows(), config.channels, shapes.linears());
-        let wide = qkv.outputs.max(fc1.outputs);
+        let (rows, c, [qkv, attended, _, activated]) =
+            (sequences.rows(), config.channels, shapes.linears());
+        let (narrow, wide) = (c.max(attended.inputs), qkv.outputs.max(activated.inputs));
         Self {
             residual: backend.tensor(arena, rows * c, precision),
             kept: drops.then(|| backend.tensor(arena, rows * c, precision)),
-            narrow: backend.tensor(arena, rows * c, precision),
+            narrow: backend.tensor(arena, rows * narrow, precision),
             wide: backend.tensor(arena, rows * wide, precision),
         }
     }

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use super::Shapes;
-use super::activations::{Activations, Beside};
+use super::activations::{Activations, Beside, Rotary};
 use super::params::{Linear, ParamTable};
-use super::pass::{Pass, around_adapter};
+use super::pass::{Pass, around_adapter, attended};
 use crate::Result;
 use crate::backend::{
     AttentionShape, Backend, Decode, DecoderWeights, Epilogue, HeadShape, LinearForward,
@@ -92,7 +92,7 @@ impl<B: Backend + Decode> Pass<'_, B> {
         kept: &mut [&mut Kept<B>],
     ) {
         let (backend, table, shapes) = (self.backend, self.table, self.shapes());
-        let [wte, wpe] = [table.wte, table.wpe].map(|of| self.param(of));
+        let (wte, wpe) = (self.param(table.wte), table.wpe.map(|wpe| self.param(wpe)));
         let all = shapes.sequences.rows();
         assert!(
             kept.len() == starts.len() && [1, all].contains(&kept.len()),
@@ -100,12 +100,17 @@ impl<B: Backend + Decode> Pass<'_, B> {
         );
         let to = &mut acts.residual[0];
         backend.embedding_behind(to, (tokens, starts), wte, wpe, shapes.embedding());
+        if let Some(Rotary { frequencies, table, .. }) = &mut acts.rotary {
+            backend.rotations_behind(table, frequencies, (tokens, starts), shapes.attention(0));
+        }
         self.ln_1(acts, 0);
         for (l, block) in table.blocks.iter().enumerate() {
             let packed = &packed.blocks[l];
             let (y, x) = (&mut acts.qkv[l], &acts.ln_1[l]);
             self.packed_linear(y, x, (block.qkv, packed, &mut acts.beside), Epilogue::None);
-            let (out, qkv, rows) = (&mut acts.attention[l], &acts.qkv[l], all / kept.len());
+            self.position(acts, l);
+            let (out, rows) = (&mut acts.attention[l], all / kept.len());
+            let qkv = attended(&acts.qkv[l], &acts.rotary);
             let sequences = Sequences { batch: 1, length: rows };
             let shape = AttentionShape { sequences, ..shapes.attention(l) };
             for (number, (kept, start)) in kept.iter_mut().zip(starts).enumerate() {
@@ -120,7 +125,7 @@ impl<B: Backend + Decode> Pass<'_, B> {
             let (x, y) = (&acts.residual[l], &acts.branch);
             let sum = ResidualSum { sum: &mut acts.middle[l], x, y };
             self.add_norm(out, statistics, sum, block.ln_2, shapes.norm());
-            let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
+            let gelu = self.activation(&mut acts.gelu[l]);
             let (y, x) = (&mut acts.fc1[l], &acts.ln_2[l]);
             self.packed_linear(y, x, (block.fc1, packed, &mut acts.beside), gelu);
             let (y, x) = (&mut acts.branch, &acts.gelu[l]);
@@ -151,7 +156,7 @@ impl<B: Backend + Decode> Pass<'_, B> {
     ) {
         let (number, shapes) = (layer.number as usize, self.shapes());
         let [epilogue, behind] = around_adapter(layer, epilogue);
-        let [w, b] = [layer.w, layer.b].map(|slot| self.param(slot));
+        let (w, b) = (self.param(layer.w), layer.b.map(|b| self.param(b)));
         let operands = LinearForward { y: &mut *y, x, w, b, mean: None, epilogue, turned: None };
         let (packed, shape) = (&packed[number], shapes.linears()[number]);
         self.backend.packed_forward(self.workspace, operands, packed, shape);

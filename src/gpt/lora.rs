@@ -27,6 +27,10 @@ impl Lora {
     /// The names of the linear layers of a block in Hugging Face's `gpt2`.
     pub const LAYERS: [&str; 4] = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"];
 
+    /// Those of Llama's blocks.
+    pub const LAYERS_OF_LLAMA: [&str; 4] =
+        ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"];
+
     /// What the product of x, A and B is multiplied by.
     pub fn scale(&self) -> f32 {
         self.alpha / self.rank as f32
@@ -71,7 +75,8 @@ impl Lora {
         Ok(())
     }
 
-    /// Layers by names with commas between them, of [`Lora::LAYERS`]; `all` stands for all of them.
+    /// Layers by names with commas between them, of [`Lora::LAYERS`] or [`Lora::LAYERS_OF_LLAMA`]; `all`
+    /// stands for all of them.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] naming what was expected and what came.
@@ -81,9 +86,14 @@ impl Lora {
         }
         let mut layers = [false; 4];
         for name in names.split(',').map(str::trim) {
-            let Some(number) = Self::LAYERS.iter().position(|layer| *layer == name) else {
-                let message =
-                    format!("expected some of {} or all, got {name:?}", Self::LAYERS.join(","));
+            let position = |of: [&str; 4]| of.iter().position(|layer| *layer == name);
+            let number = position(Self::LAYERS).or_else(|| position(Self::LAYERS_OF_LLAMA));
+            let Some(number) = number else {
+                let message = format!(
+                    "expected some of {}, or in Llama's blocks of {}, or all, got {name:?}",
+                    Self::LAYERS.join(","),
+                    Self::LAYERS_OF_LLAMA.join(",")
+                );
                 return Err(Error::invalid("lora layers", message));
             };
             layers[number] = true;

@@ -3,8 +3,8 @@
 //! The passes are written once over `Backend` and name none.
 //!
 //! Weights of linear layers are (out, in) in memory, so that both operands of the forward GEMM run
-//! along the reduction. Hugging Face's (in, out) appears in files and in the tensor interface
-//! alone.
+//! along the reduction. The (in, out) of Hugging Face's `gpt2` appears in files and in the tensor
+//! interface alone.
 
 mod activations;
 mod config;
@@ -15,20 +15,22 @@ mod lora;
 mod params;
 mod pass;
 mod recompute;
+mod rope;
 mod shapes;
 mod sharpness;
 mod token_drop;
 
 pub(crate) use activations::{ActivationGradients, Activations, ForBackward};
-pub use config::{Activation, ModelConfig};
+pub use config::{Activation, Architecture, ModelConfig};
 pub(crate) use decode::{Kept, Packed};
 pub use frozen::Frozen;
 pub(crate) use init::{initialize, initialize_adapters};
 pub use lora::Lora;
 pub use params::TensorInfo;
-pub(crate) use params::{HEAD, Matrix, ParamSpec, ParamTable, WTE};
+pub(crate) use params::{HEAD, Matrix, ParamSpec, ParamTable, TensorPart};
 pub(crate) use pass::{Means, Merging, Pass, Place, Scales};
 pub use recompute::Recompute;
+pub use rope::{Rope, RopeScaling};
 pub(crate) use shapes::Shapes;
 pub(crate) use sharpness::WorstOf;
 pub use token_drop::TokenDrop;

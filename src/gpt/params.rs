@@ -5,20 +5,24 @@
 //! with the table's ranges, so that pieces of a norm, buckets of an exchange and entries of a
 //! checkpoint are ranges of the same numbers.
 
-use super::{Lora, ModelConfig};
+use super::{Architecture, Lora, ModelConfig};
 use crate::Result;
 use crate::backend::Slot;
 use crate::optim::ParamKind;
 use crate::reserve::{collect, reserve, reuse, text};
 
-/// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
-/// tensor `lm_head.weight`; a head that is the token embedding is not listed twice. What LoRA adds
+/// Name and shape of a parameter, as Hugging Face's `gpt2` or `llama` has them. A head of its own is
+/// the tensor `lm_head.weight`; a head that is the token embedding is not listed twice. What LoRA adds
 /// to a layer follows its bias: `lora_A.weight` (rank, inputs), `lora_B.weight` (outputs, rank).
+///
+/// In Llama's blocks one layer makes q, k and v, and one gate and up: their weights are a tensor
+/// `self_attn.qkv_proj.weight` and one `mlp.gate_up_proj.weight`, of which `self_attn.q_proj.weight`
+/// and the others that files have are rows. Where one tensor is named, these names are taken as well.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Hugging Face's name, such as `transformer.h.0.attn.c_attn.weight`.
     pub name: String,
-    /// Its shape; linear weights are (inputs, outputs).
+    /// Its shape; GPT-2's linear weights are (inputs, outputs), Llama's (outputs, inputs).
     pub shape: Vec<usize>,
 }
 
@@ -34,14 +38,61 @@ impl TensorInfo {
     }
 }
 
-/// Name of the token embedding, which is the head as well unless there is a [`HEAD`].
-pub(crate) const WTE: &str = "transformer.wte.weight";
+/// What a tensor's name has behind the block's, and the parts of that tensor that files have apart.
+const MERGED: [(&str, &[&str]); 2] = [
+    ("self_attn.qkv_proj", &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]),
+];
+
+/// Some rows of a tensor, under the name that files have for them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TensorPart {
+    pub(crate) name: String,
+    pub(crate) rows: std::ops::Range<usize>,
+}
+
+impl ModelConfig {
+    /// The name of the token embedding, which is the head as well unless there is a [`HEAD`].
+    pub(crate) fn embedding_name(&self) -> &'static str {
+        Names::of(self.architecture).wte
+    }
+
+    /// What files have in place of a tensor of this name; None where they have the tensor.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn parts_of(&self, name: &str) -> Result<Option<Vec<TensorPart>>> {
+        const WHAT: &str = "the names of the tensors";
+        if !self.is_llama() {
+            return Ok(None);
+        }
+        let of = MERGED.iter().find_map(|(merged, parts)| {
+            let (before, behind) = name.split_once(merged)?;
+            Some((*parts, before, behind))
+        });
+        // What LoRA adds is one tensor in our files, too.
+        let is_in_parts = |behind: &str| matches!(behind, ".weight" | ".bias");
+        let Some((parts, before, behind)) = of.filter(|(.., behind)| is_in_parts(behind)) else {
+            return Ok(None);
+        };
+        let d = self.head_width();
+        let (q, kv, m) = (self.heads * d, self.kv_head_count() * d, self.mlp_width());
+        let rows = if parts.len() == 3 { &[q, kv, kv][..] } else { &[m, m] };
+        let mut first = 0;
+        let parts = parts.iter().zip(rows).map(|(part, rows)| {
+            let name = text(WHAT, format_args!("{before}{part}{behind}"))?;
+            first += rows;
+            Ok(TensorPart { name, rows: first - rows..first })
+        });
+        Ok(Some(collect(WHAT, parts)?))
+    }
+}
 
 /// Name of a head of its own.
 pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// Every parameter of a model: what is known of it, and its place in flat buffers, in the order of
-/// Hugging Face's `gpt2`.
+/// Hugging Face's.
 pub(crate) struct ParamTable {
     specs: Vec<ParamSpec>,
     slots: Vec<Slot>,
@@ -49,8 +100,8 @@ pub(crate) struct ParamTable {
     len: usize,
     /// Token embedding and, where `head` is None, language-model head, (V, C).
     pub(super) wte: Slot,
-    /// Position embedding, (context, C).
-    pub(super) wpe: Slot,
+    /// Position embedding, (context, C), where positions are learned.
+    pub(super) wpe: Option<Slot>,
     pub(super) blocks: Vec<Block>,
     /// The norm before the head.
     pub(super) ln_f: Norm,
@@ -63,30 +114,32 @@ pub(crate) struct ParamTable {
 pub(super) struct Block {
     /// Before attention.
     pub(super) ln_1: Norm,
-    /// C -> 3 C.
+    /// C -> all heads of q, k and v.
     pub(super) qkv: Linear,
-    /// C -> C.
+    /// RMSNorm (D) of every head of q, and of k, where there are such.
+    pub(super) of_heads: Option<[Slot; 2]>,
+    /// All heads -> C.
     pub(super) projection: Linear,
     /// Before the MLP.
     pub(super) ln_2: Norm,
-    /// C -> M.
+    /// C -> M, or gate and up, 2 M.
     pub(super) fc1: Linear,
     /// M -> C.
     pub(super) fc2: Linear,
 }
 
-/// LayerNorm: (C) each.
+/// LayerNorm: (C) each; RMSNorm has no b.
 #[derive(Clone, Copy)]
 pub(super) struct Norm {
     pub(super) w: Slot,
-    pub(super) b: Slot,
+    pub(super) b: Option<Slot>,
 }
 
-/// A linear layer: w (outputs, inputs), b (outputs).
+/// A linear layer: w (outputs, inputs), b (outputs), where it has one.
 #[derive(Clone, Copy)]
 pub(super) struct Linear {
     pub(super) w: Slot,
-    pub(super) b: Slot,
+    pub(super) b: Option<Slot>,
     /// Which one of its block, in [`ModelConfig::linears`] and in the counter of random bits.
     pub(super) number: u32,
     /// What is trained beside it, where it is adapted.
@@ -111,7 +164,7 @@ pub(crate) struct Matrix {
 }
 
 impl ParamTable {
-    /// GPT-2's parameters, with its initialization, in which the layers that add to the residual
+    /// All parameters, with GPT-2's initialization, in which the layers that add to the residual
     /// stream start smaller by the root of their number (Radford et al. 2019). Slots start at
     /// multiples of `align`.
     ///
@@ -125,6 +178,7 @@ impl ParamTable {
         let (mut specs, mut slots, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
         let lora = config.lora.as_ref();
         let adapted = lora.map_or(0, |lora| lora.layers.into_iter().filter(|is| *is).count());
+        let names = Names::of(config.architecture);
         let count = 4 + (12 + 2 * adapted) * config.layers + usize::from(!config.tied_head);
         reserve(&mut specs, WHAT, count)?;
         reserve(&mut slots, WHAT, count)?;
@@ -132,11 +186,12 @@ impl ParamTable {
         // What models without adapters have is drawn as in these.
         let (mut next, mut drawn) = (0, [0, 1 << 20]);
         let mut add = |layer, name: &'static str, shape, transposed, init| {
-            let is_adapter = LORA_NAMES.iter().flatten().any(|of_adapter| *of_adapter == name);
+            let is_adapter = names.lora.iter().flatten().any(|of_adapter| *of_adapter == name);
             let counter = &mut drawn[usize::from(is_adapter)];
             let draw = *counter;
             *counter += 1;
-            let spec = ParamSpec { layer, name, shape, transposed, init, is_adapter, draw };
+            let blocks = names.blocks;
+            let spec = ParamSpec { layer, blocks, name, shape, transposed, init, is_adapter, draw };
             let (len, rows, kind) = (spec.len(), spec.rows(), spec.kind());
             let slot = Slot { index: specs.len(), start: next, len, rows, kind };
             next = (next + len).next_multiple_of(align);
@@ -148,15 +203,18 @@ impl ParamTable {
             |add: &mut Add<'_>, name, rows| add(None, name, [rows, c], false, Init::Normal { std });
         let norm = |add: &mut Add<'_>, layer, [w, b]: [&'static str; 2]| Norm {
             w: add(layer, w, [c, 0], false, Init::Ones),
-            b: add(layer, b, [c, 0], false, Init::Zeros),
+            b: (!b.is_empty()).then(|| add(layer, b, [c, 0], false, Init::Zeros)),
         };
-        let linear = |add: &mut Add<'_>, layer, number: u32, [w, b]: [&'static str; 2], std| {
-            let shape @ [_, outputs] = linears[number as usize];
-            let w = add(Some(layer), w, shape, true, Init::Normal { std });
-            let b = add(Some(layer), b, [outputs, 0], false, Init::Zeros);
+        let linear = |add: &mut Add<'_>, layer, number: u32, std| {
+            let [inputs, outputs] = linears[number as usize];
+            let ([w, b], is_turned) = (names.linears[number as usize], names.are_turned);
+            let shape = if is_turned { [inputs, outputs] } else { [outputs, inputs] };
+            let w = add(Some(layer), w, shape, is_turned, Init::Normal { std });
+            let has_bias = !b.is_empty() && (!config.is_llama() || config.qkv_bias);
+            let b = has_bias.then(|| add(Some(layer), b, [outputs, 0], false, Init::Zeros));
             let of_layer = lora.filter(|lora| lora.layers[number as usize]);
             let adapter = of_layer.map(|Lora { rank, .. }| {
-                let ([a, b], [inputs, outputs]) = (LORA_NAMES[number as usize], shape);
+                let [a, b] = names.lora[number as usize];
                 // What PEFT draws from has this deviation: even between +-1 / sqrt(inputs).
                 let std = (1.0 / (3.0 * inputs as f64).sqrt()) as f32;
                 Adapter {
@@ -167,23 +225,21 @@ impl ParamTable {
             Linear { w, b, number, adapter }
         };
         let add = &mut add;
-        let wte = table(add, WTE, config.vocab_size);
-        let wpe = table(add, "transformer.wpe.weight", config.context_length);
+        let wte = table(add, names.wte, config.vocab_size);
+        let wpe = names.wpe.map(|name| table(add, name, config.context_length));
         for l in 0..config.layers {
-            let qkv = ["attn.c_attn.weight", "attn.c_attn.bias"];
-            let projection = ["attn.c_proj.weight", "attn.c_proj.bias"];
-            let (fc1, fc2) =
-                (["mlp.c_fc.weight", "mlp.c_fc.bias"], ["mlp.c_proj.weight", "mlp.c_proj.bias"]);
-            blocks.push(Block {
-                ln_1: norm(add, Some(l), ["ln_1.weight", "ln_1.bias"]),
-                qkv: linear(add, l, 0, qkv, std),
-                projection: linear(add, l, 1, projection, residual_std),
-                ln_2: norm(add, Some(l), ["ln_2.weight", "ln_2.bias"]),
-                fc1: linear(add, l, 2, fc1, std),
-                fc2: linear(add, l, 3, fc2, residual_std),
+            let ln_1 = norm(add, Some(l), names.ln_1);
+            let qkv = linear(add, l, 0, std);
+            let of_heads = config.qk_norm.then(|| {
+                let d = config.head_width();
+                names.of_heads.map(|name| add(Some(l), name, [d, 0], false, Init::Ones))
             });
+            let projection = linear(add, l, 1, residual_std);
+            let ln_2 = norm(add, Some(l), names.ln_2);
+            let (fc1, fc2) = (linear(add, l, 2, std), linear(add, l, 3, residual_std));
+            blocks.push(Block { ln_1, qkv, of_heads, projection, ln_2, fc1, fc2 });
         }
-        let ln_f = norm(add, None, ["transformer.ln_f.weight", "transformer.ln_f.bias"]);
+        let ln_f = norm(add, None, names.ln_f);
         let head = (!config.tied_head).then(|| table(add, HEAD, config.vocab_size));
         Ok(Self { specs, slots, len: next, wte, wpe, blocks, ln_f, head })
     }
@@ -239,8 +295,7 @@ impl ParamTable {
             let param = linear.w;
             let own = Slot { index, start: end, ..param };
             end = own.range().end.next_multiple_of(align);
-            let [inputs, outputs] = self.specs[param.index].shape;
-            Ok(Matrix { param, own, shape: [outputs, inputs] })
+            Ok(Matrix { param, own, shape: param.shape() })
         });
         let matrices = collect("a table of the weights of blocks", matrices)?;
         Ok((matrices, end))
@@ -270,13 +325,76 @@ impl ParamTable {
     }
 }
 
-/// The adapters' names behind the block's, by number of the linear layer.
-const LORA_NAMES: [[&str; 2]; 4] = [
-    ["attn.c_attn.lora_A.weight", "attn.c_attn.lora_B.weight"],
-    ["attn.c_proj.lora_A.weight", "attn.c_proj.lora_B.weight"],
-    ["mlp.c_fc.lora_A.weight", "mlp.c_fc.lora_B.weight"],
-    ["mlp.c_proj.lora_A.weight", "mlp.c_proj.lora_B.weight"],
-];
+/// The names of an architecture's tensors, those of blocks without the block's; of pairs weight and
+/// bias, which is empty where there is none.
+struct Names {
+    wte: &'static str,
+    wpe: Option<&'static str>,
+    /// Before the number of a block.
+    blocks: &'static str,
+    ln_1: [&'static str; 2],
+    ln_2: [&'static str; 2],
+    ln_f: [&'static str; 2],
+    /// Norms of the heads of q and k.
+    of_heads: [&'static str; 2],
+    /// By number.
+    linears: [[&'static str; 2]; 4],
+    /// What LoRA adds to them.
+    lora: [[&'static str; 2]; 4],
+    /// Whether their weights are (inputs, outputs) in files.
+    are_turned: bool,
+}
+
+impl Names {
+    fn of(architecture: Architecture) -> &'static Self {
+        match architecture {
+            Architecture::Gpt2 => &Self {
+                wte: "transformer.wte.weight",
+                wpe: Some("transformer.wpe.weight"),
+                blocks: "transformer.h",
+                ln_1: ["ln_1.weight", "ln_1.bias"],
+                ln_2: ["ln_2.weight", "ln_2.bias"],
+                ln_f: ["transformer.ln_f.weight", "transformer.ln_f.bias"],
+                of_heads: ["", ""],
+                linears: [
+                    ["attn.c_attn.weight", "attn.c_attn.bias"],
+                    ["attn.c_proj.weight", "attn.c_proj.bias"],
+                    ["mlp.c_fc.weight", "mlp.c_fc.bias"],
+                    ["mlp.c_proj.weight", "mlp.c_proj.bias"],
+                ],
+                lora: [
+                    ["attn.c_attn.lora_A.weight", "attn.c_attn.lora_B.weight"],
+                    ["attn.c_proj.lora_A.weight", "attn.c_proj.lora_B.weight"],
+                    ["mlp.c_fc.lora_A.weight", "mlp.c_fc.lora_B.weight"],
+                    ["mlp.c_proj.lora_A.weight", "mlp.c_proj.lora_B.weight"],
+                ],
+                are_turned: true,
+            },
+            Architecture::Llama => &Self {
+                wte: "model.embed_tokens.weight",
+                wpe: None,
+                blocks: "model.layers",
+                ln_1: ["input_layernorm.weight", ""],
+                ln_2: ["post_attention_layernorm.weight", ""],
+                ln_f: ["model.norm.weight", ""],
+                of_heads: ["self_attn.q_norm.weight", "self_attn.k_norm.weight"],
+                linears: [
+                    ["self_attn.qkv_proj.weight", "self_attn.qkv_proj.bias"],
+                    ["self_attn.o_proj.weight", ""],
+                    ["mlp.gate_up_proj.weight", ""],
+                    ["mlp.down_proj.weight", ""],
+                ],
+                lora: [
+                    ["self_attn.qkv_proj.lora_A.weight", "self_attn.qkv_proj.lora_B.weight"],
+                    ["self_attn.o_proj.lora_A.weight", "self_attn.o_proj.lora_B.weight"],
+                    ["mlp.gate_up_proj.lora_A.weight", "mlp.gate_up_proj.lora_B.weight"],
+                    ["mlp.down_proj.lora_A.weight", "mlp.down_proj.lora_B.weight"],
+                ],
+                are_turned: false,
+            },
+        }
+    }
+}
 
 /// Adds a parameter: block, name, shape, whether it is transposed, initial values.
 type Add<'a> = dyn FnMut(Option<usize>, &'static str, [usize; 2], bool, Init) -> Slot + 'a;
@@ -288,6 +406,8 @@ type Add<'a> = dyn FnMut(Option<usize>, &'static str, [usize; 2], bool, Init) ->
 pub(crate) struct ParamSpec {
     /// The block that it is in.
     layer: Option<usize>,
+    /// What stands before the block's number.
+    blocks: &'static str,
     /// Hugging Face's name, or what is behind the block's.
     name: &'static str,
     /// Hugging Face's shape, with 0 behind a vector's length.
@@ -327,7 +447,7 @@ impl ParamSpec {
     pub(crate) fn info(&self) -> Result<TensorInfo> {
         const WHAT: &str = "the names of the tensors";
         let name = match self.layer {
-            Some(layer) => text(WHAT, format_args!("transformer.h.{layer}.{}", self.name))?,
+            Some(layer) => text(WHAT, format_args!("{}.{layer}.{}", self.blocks, self.name))?,
             None => text(WHAT, format_args!("{}", self.name))?,
         };
         let shape = collect(WHAT, self.shape().iter().map(|size| Ok(*size)))?;

@@ -1,23 +1,24 @@
 //! The GPT itself: forward and backward, written once over `Backend`.
 //!
-//! Pre-LayerNorm blocks; attention and MLP each add to the residual stream; the head shares its
-//! weights with the token embedding (Radford et al. 2019, "GPT-2"), unless the model has others for
-//! it.
+//! A norm stands before attention and before the MLP, each of which adds to the residual stream; the
+//! head shares its weights with the token embedding (Radford et al. 2019, "GPT-2"), unless the model
+//! has others for it. Llama's blocks are the same with other norms, an MLP that has a gate, and q and k
+//! that positions turn: where these do so in place, what is kept of the layer is what attention read.
 //!
 //! A block that drops tokens is one of shorter sequences: the kept rows of the residual stream are
 //! gathered, go through it, and are put back; others pass by it unchanged, and so do their
 //! gradients. Kept positions ascend, so that a causal mask is the same to them.
 
-use super::activations::{ActivationGradients, Activations, Beside, Dropping, Layers};
+use super::activations::{ActivationGradients, Activations, Beside, Dropping, Layers, Rotary};
 use super::params::{Adapter, Linear, Matrix, Norm, ParamTable};
-use super::{ModelConfig, Shapes};
+use super::{Architecture, ModelConfig, Shapes};
 use crate::Result;
 use crate::backend::{
     AttentionBackward, Backend, Classifier, ClassifierGradient, Documents, EmbeddingGradients,
-    Epilogue, FlatGradients, HostClassifier, HostLoss, LinearBackward, LinearForward, LoraBackward,
-    LoraForward, LoraShape, MergeShape, Merged, NormBackward, NormParams, NormShape,
-    NormStatistics, OutputGradient, Part, ResidualSum, SelectShape, Selected, SelectedSum,
-    Sequences, Slot, StepPlan,
+    Epilogue, FlatGradients, HeadNorms, HeadNormsBackward, HostClassifier, HostLoss,
+    LinearBackward, LinearForward, LoraBackward, LoraForward, LoraShape, MergeShape, Merged,
+    NormBackward, NormParams, NormShape, NormStatistics, OutputGradient, Part, ResidualSum,
+    SelectShape, Selected, SelectedSum, Sequences, Slot, StepPlan, Turn,
 };
 use crate::formats::{LINEARS, LinearRecipe, Random, projections};
 
@@ -29,6 +30,36 @@ pub(super) fn around_adapter<B: Backend>(
     match layer.adapter {
         Some(_) => [Epilogue::None, epilogue],
         None => [epilogue, Epilogue::None],
+    }
+}
+
+/// What a block keeps that drops tokens.
+fn selected<B: Backend>(acts: &Activations<B>, layer: usize) -> Selected<'_, B> {
+    let Dropping { selection, .. } = acts.dropping.as_ref().expect(HAS_ROOM);
+    Selected { selection, layer }
+}
+
+/// What attention reads: the layer's result, or what norms of heads have made of it.
+pub(super) fn attended<'o, B: Backend>(
+    qkv: &'o B::Tensor,
+    rotary: &'o Option<Rotary<B>>,
+) -> &'o B::Tensor {
+    rotary.as_ref().and_then(|rotary| rotary.normed.as_ref()).unwrap_or(qkv)
+}
+
+/// The gradients of a weight, and of the bias beside it where it has one.
+fn gradients_of<'g, B: Backend>(
+    backend: &B,
+    grads: &'g mut FlatGradients<B>,
+    w: Slot,
+    b: Option<Slot>,
+) -> (Option<B::Gradient<'g>>, Option<B::Gradient<'g>>) {
+    match b {
+        Some(b) => grads.of(backend, [w, b]).into(),
+        None => {
+            let [dw] = grads.of(backend, [w]);
+            (dw, None)
+        }
     }
 }
 
@@ -127,10 +158,13 @@ impl<'a, B: Backend> Pass<'a, B> {
     /// Tokens (rows) to the normalized output of the last block, `acts.ln_f`.
     pub(crate) fn forward(&mut self, acts: &mut Activations<B>, tokens: &B::Tokens) {
         let (backend, table) = (self.backend, self.table);
-        let (wte, wpe) = (self.param(table.wte), self.param(table.wpe));
+        let (wte, wpe) = (self.param(table.wte), table.wpe.map(|wpe| self.param(wpe)));
         let shape = self.shapes().embedding();
         let documents = self.documents;
         backend.embedding_forward(&mut acts.residual[0], tokens, documents, wte, wpe, shape);
+        if let Some(Rotary { frequencies, table, .. }) = &mut acts.rotary {
+            backend.rotations(table, frequencies, documents, self.shapes().attention(0));
+        }
         self.ln_1(acts, 0);
         for (l, block) in table.blocks.iter().enumerate() {
             if self.drops(l) {
@@ -179,6 +213,10 @@ impl<'a, B: Backend> Pass<'a, B> {
         let Dropping { selection, input } = acts.dropping.as_mut().expect(HAS_ROOM);
         let selected = Selected { selection, layer: l };
         self.backend.gather_rows(input, &acts.residual[l], selected, self.selected(l));
+        if let Some(Rotary { table, kept: Some(kept), .. }) = &mut acts.rotary {
+            let shape = SelectShape { channels: self.config.head_width(), ..self.selected(l) };
+            self.backend.gather_rows(kept, table, Selected { selection, layer: l }, shape);
+        }
     }
 
     /// What a block reads of the residual stream.
@@ -205,8 +243,9 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.merge(&mut acts.ln_1[l], block.qkv, l);
         let at = (block.qkv, l, &mut acts.beside);
         self.linear(&mut acts.qkv[l], &acts.ln_1[l], at, Epilogue::None);
+        self.position(acts, l);
         let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
-        let (qkv, documents) = (&acts.qkv[l], self.documents);
+        let (qkv, documents) = (attended(&acts.qkv[l], &acts.rotary), self.documents);
         self.backend.attention_forward(self.workspace, out, lse, qkv, documents, shape);
         self.merge(&mut acts.attention[l], block.projection, l);
         let at = (block.projection, l, &mut acts.beside);
@@ -218,10 +257,39 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.add_norm(out, statistics, sum, block.ln_2, self.shapes_of(l).norm());
     }
 
-    /// The MLP's first layer and GELU, from `acts.ln_2` to `acts.gelu`.
+    /// Turns q and k to their positions, behind the norms of their heads where there are such.
+    pub(super) fn position(&mut self, acts: &mut Activations<B>, l: usize) {
+        let Some(rotary) = &mut acts.rotary else { return };
+        let (shapes, qkv) = (self.shapes_of(l), &mut acts.qkv[l]);
+        let shape = shapes.attention(l);
+        let Rotary { table, kept, normed, .. } = rotary;
+        let table = if self.drops(l) { kept.as_ref().expect(HAS_ROOM) } else { table };
+        match (normed, self.head_norms(l)) {
+            (Some(out), Some(norms)) => {
+                let shapes = (shape, shapes.norm());
+                self.backend.head_norms_forward(out, qkv, table, norms, shapes);
+            }
+            _ => self.backend.rotate(qkv, table, Turn::Forward, shape),
+        }
+    }
+
+    fn head_norms(&self, l: usize) -> Option<HeadNorms<'a, B>> {
+        let [q, k] = self.table.blocks[l].of_heads?.map(|slot| self.param(slot));
+        Some(HeadNorms { q, k })
+    }
+
+    /// What the MLP's first layer passes through.
+    pub(super) fn activation<'o>(&self, out: &'o mut B::Tensor) -> Epilogue<'o, B> {
+        match self.config.architecture {
+            Architecture::Gpt2 => Epilogue::Gelu { out, form: self.config.activation },
+            Architecture::Llama => Epilogue::SwiGlu { out },
+        }
+    }
+
+    /// The MLP's first layer and what its result passes through, from `acts.ln_2` to `acts.gelu`.
     fn mlp(&mut self, acts: &mut Activations<B>, l: usize) {
         self.merge(&mut acts.ln_2[l], self.table.blocks[l].fc1, l);
-        let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
+        let gelu = self.activation(&mut acts.gelu[l]);
         let at = (self.table.blocks[l].fc1, l, &mut acts.beside);
         self.linear(&mut acts.fc1[l], &acts.ln_2[l], at, gelu);
     }
@@ -237,13 +305,21 @@ impl<'a, B: Backend> Pass<'a, B> {
             self.attention(acts, l);
             self.mlp(acts, l);
         } else if acts.gelu.is_shared() && acts.beside.turned.is_empty() {
-            let elements = self.sequences_of(l).rows() * self.config.mlp_width();
+            let [rows, m] = self.shapes_of(l).gated();
             self.ln_1(acts, l);
             let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
             let (norm, shape) = (self.table.blocks[l].ln_2, self.shapes_of(l).norm());
             self.norm(out, statistics, &acts.middle[l], norm, shape);
-            let form = self.config.activation;
-            self.backend.gelu_forward(&mut acts.gelu[l], &acts.fc1[l], elements, form);
+            self.activate(&acts.fc1[l], self.activation(&mut acts.gelu[l]), rows, m);
+        }
+    }
+
+    /// Does what a layer's result y passes through, which is M channels wide behind it.
+    fn activate(&self, y: &B::Tensor, behind: Epilogue<'_, B>, rows: usize, m: usize) {
+        match behind {
+            Epilogue::None => {}
+            Epilogue::Gelu { out, form } => self.backend.gelu_forward(out, y, rows * m, form),
+            Epilogue::SwiGlu { out } => self.backend.swiglu_forward(out, y, rows, m),
         }
     }
 
@@ -358,18 +434,16 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.recompute(acts, l);
         let ActivationGradients { residual, kept, narrow, wide } = d;
         let stream = kept.as_mut().expect(HAS_ROOM);
-        let Dropping { selection, .. } = acts.dropping.as_ref().expect(HAS_ROOM);
-        let selected = || Selected { selection, layer: l };
-        self.backend.gather_rows(stream, residual, selected(), shape);
+        self.backend.gather_rows(stream, residual, selected(acts, l), shape);
         self.block_backward(acts, Flow { stream, narrow, wide }, grads, l, place);
-        self.backend.scatter_rows(residual, stream, selected(), shape);
+        self.backend.scatter_rows(residual, stream, selected(acts, l), shape);
     }
 
     /// The backward pass of a block: `stream` is the gradient of its output, and becomes that of its
     /// input.
     fn block_backward(
         &mut self,
-        acts: &Activations<B>,
+        acts: &mut Activations<B>,
         Flow { stream, narrow, wide }: Flow<'_, B>,
         grads: &mut FlatGradients<B>,
         l: usize,
@@ -381,8 +455,11 @@ impl<'a, B: Backend> Pass<'a, B> {
         // MLP.
         let dy = OutputGradient::Whole(stream);
         self.linear_backward(wide, grads, dy, &acts.gelu[l], block.fc2, at);
-        let (y, form) = (&acts.fc1[l], self.config.activation);
-        let dy = OutputGradient::BehindGelu { d: wide, y, form };
+        let (y, form) = (&mut acts.fc1[l], self.config.activation);
+        let dy = match self.config.architecture {
+            Architecture::Gpt2 => OutputGradient::BehindGelu { d: wide, y, form },
+            Architecture::Llama => OutputGradient::BehindSwiGlu { d: wide, y },
+        };
         self.linear_backward(narrow, grads, dy, &acts.ln_2[l], block.fc1, at);
         let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
         self.norm_backward((stream, narrow), grads, x, statistics, (block.ln_2, shapes.norm()));
@@ -390,20 +467,50 @@ impl<'a, B: Backend> Pass<'a, B> {
         // Attention.
         let dy = OutputGradient::Whole(stream);
         self.linear_backward(narrow, grads, dy, &acts.attention[l], block.projection, at);
+        // Of all layers with norms of heads it is the last that has its own, unless a block has been
+        // computed again.
+        let is_there = l + 1 == self.config.layers || acts.qkv.is_shared();
+        if block.of_heads.is_some() && !is_there {
+            self.position(acts, l);
+        }
+        let at = (place, l, &acts.beside);
         let operands = AttentionBackward {
             dqkv: wide,
             dout: narrow,
             out: &acts.attention[l],
             lse: &acts.lse[l],
-            qkv: &acts.qkv[l],
+            qkv: attended(&acts.qkv[l], &acts.rotary),
             documents: self.documents,
         };
         self.backend.attention_backward(self.workspace, operands, shapes.attention(l));
+        self.position_backward(wide, acts, grads, l);
         let dy = OutputGradient::Whole(wide);
         self.linear_backward(narrow, grads, dy, &acts.ln_1[l], block.qkv, at);
         let x = self.input(&acts.residual, &acts.dropping, l);
         let statistics = &acts.ln_1_statistics[l];
         self.norm_backward((stream, narrow), grads, x, statistics, (block.ln_1, shapes.norm()));
+    }
+
+    /// The gradient of what [`Pass::position`] put out becomes that of what it read.
+    fn position_backward(
+        &mut self,
+        dqkv: &mut B::Tensor,
+        acts: &Activations<B>,
+        grads: &mut FlatGradients<B>,
+        l: usize,
+    ) {
+        let Some(Rotary { table, kept, .. }) = &acts.rotary else { return };
+        let table = if self.drops(l) { kept.as_ref().expect(HAS_ROOM) } else { table };
+        let shapes = self.shapes_of(l);
+        let shape = shapes.attention(l);
+        let (Some(norms), Some(slots)) = (self.head_norms(l), self.table.blocks[l].of_heads) else {
+            self.backend.rotate(dqkv, table, Turn::Back, shape);
+            return;
+        };
+        let [dq, dk] = grads.of(self.backend, slots);
+        let (qkv, accumulate) = (&acts.qkv[l], self.plan.accumulate);
+        let operands = HeadNormsBackward { dqkv, dq, dk, qkv, table, norms, accumulate };
+        self.backend.head_norms_backward(self.workspace, operands, (shape, shapes.norm()));
     }
 
     /// The gradients of the embeddings, after [`Pass::backward`].
@@ -421,7 +528,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         {
             backend.zero_gradient(dwte);
         }
-        let [dwte, dwpe] = grads.of(backend, [table.wte, table.wpe]);
+        let (dwte, dwpe) = gradients_of(backend, grads, table.wte, table.wpe);
         let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
         let (shape, documents) = (self.shapes().embedding(), self.documents);
         backend.embedding_backward(gradients, &d.residual, tokens, documents, shape);
@@ -438,7 +545,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     }
 
     fn norm_params(&self, norm: Norm) -> NormParams<'a, B> {
-        NormParams { w: self.param(norm.w), b: self.param(norm.b) }
+        NormParams { w: self.param(norm.w), b: norm.b.map(|b| self.param(b)) }
     }
 
     fn recipe(&self, block: usize, layer: Linear) -> &'a LinearRecipe {
@@ -487,7 +594,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         shape: NormShape,
     ) {
         let params = self.norm_params(norm);
-        self.backend.layernorm_forward(out, statistics, x, params, shape);
+        self.backend.norm_forward(out, statistics, x, params, shape);
     }
 
     pub(super) fn add_norm(
@@ -499,7 +606,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         shape: NormShape,
     ) {
         let params = self.norm_params(norm);
-        self.backend.add_layernorm_forward(out, statistics, sum, params, shape);
+        self.backend.add_norm_forward(out, statistics, sum, params, shape);
     }
 
     fn classify<'o>(
@@ -538,7 +645,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) {
         let (number, Beside { turned, low }) = (layer.number as usize, beside);
         let [epilogue, behind] = around_adapter(layer, epilogue);
-        let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
+        let (w, b) = (self.param(layer.w), layer.b.map(|b| self.param(b)));
         let mean = self.mean(block, layer);
         let turned = turned.get_mut(block).filter(|_| self.trains);
         let turned = turned.map(|all| &mut all[number]);
@@ -563,9 +670,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         let [a, b] = [adapter.a, adapter.b].map(|slot| self.backend.param(self.weights, slot));
         let operands = LoraForward { y: &mut *y, low, x, a, b };
         self.backend.lora_forward(self.workspace, operands, shape);
-        if let Epilogue::Gelu { out, form } = behind {
-            self.backend.gelu_forward(out, y, shape.rows * shape.outputs, form);
-        }
+        self.activate(y, behind, shape.rows, self.config.mlp_width());
     }
 
     fn linear_backward(
@@ -585,13 +690,17 @@ impl<'a, B: Backend> Pass<'a, B> {
                 self.backend.gelu_backward(d, y, shape.rows * shape.outputs, form);
                 OutputGradient::Whole(&*d)
             }
+            (Some(_), OutputGradient::BehindSwiGlu { d, y }) => {
+                self.backend.swiglu_backward(y, d, shape.rows, shape.outputs / 2);
+                OutputGradient::Whole(&*y)
+            }
             (_, dy) => dy,
         };
         let of_adapter = match (layer.adapter, &dy) {
             (Some(adapter), OutputGradient::Whole(dy)) => Some((adapter, *dy)),
             _ => None,
         };
-        let [dw, db] = grads.of(self.backend, [layer.w, layer.b]);
+        let (dw, db) = gradients_of(self.backend, grads, layer.w, layer.b);
         let w = self.backend.param(self.weights, layer.w);
         let (mean, accumulate) = (self.mean(block, layer), self.plan.accumulate);
         let turned = turned.get(block).map(|all| &all[number]);
@@ -616,10 +725,10 @@ impl<'a, B: Backend> Pass<'a, B> {
         statistics: &NormStatistics<B::F32>,
         (norm, shape): (Norm, NormShape),
     ) {
-        let [dw, db] = grads.of(self.backend, [norm.w, norm.b]);
+        let (dw, db) = gradients_of(self.backend, grads, norm.w, norm.b);
         let w = self.backend.param(self.weights, norm.w);
         let (statistics, accumulate) = (statistics.as_ref(), self.plan.accumulate);
         let operands = NormBackward { dx, dw, db, dy, x, statistics, w, accumulate };
-        self.backend.layernorm_backward(self.workspace, operands, shape);
+        self.backend.norm_backward(self.workspace, operands, shape);
     }
 }

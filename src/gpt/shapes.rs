@@ -26,7 +26,7 @@ impl Shapes<'_> {
 
     pub(crate) fn norm(&self) -> NormShape {
         let ModelConfig { channels, layer_norm_epsilon: epsilon, .. } = *self.config;
-        NormShape { rows: self.sequences.rows(), channels, epsilon }
+        NormShape { rows: self.sequences.rows(), channels, epsilon, kind: self.config.norm() }
     }
 
     /// The linear layers of a block, by number.
@@ -54,9 +54,15 @@ impl Shapes<'_> {
 
     pub(crate) fn attention(&self, layer: usize) -> AttentionShape {
         let Self { config, sequences, precision } = *self;
-        let (heads, kv_heads, head_size) = (config.heads, config.heads, config.head_size());
+        let (heads, kv_heads) = (config.heads, config.kv_head_count());
+        let head_size = config.head_width();
         let score_factor = config.score_factor(layer);
         AttentionShape { sequences, heads, kv_heads, head_size, score_factor, precision }
+    }
+
+    /// Gate and up of Llama's MLP are so wide each.
+    pub(super) fn gated(&self) -> [usize; 2] {
+        [self.sequences.rows(), self.config.mlp_width()]
     }
 
     pub(crate) fn head(&self) -> HeadShape {

@@ -869,13 +869,14 @@ impl Trainer {
     /// As [`Model::read_tensor`]; [`Error::Unsupported`] where GPUs exchange gradients and states are
     /// sharded, of a tensor whose states another rank keeps.
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
-        let index = self.model.index_of(name, out.len())?;
+        let named = self.model.named(name, out.len())?;
+        let index = named.index;
         if self.dropped && self.pending.is_none() {
             let message = "the gradients of the last batches were dropped; there are others after the \
                            next batch or step";
             return Err(Error::invalid("trainer", message));
         }
-        self.check_trained(name)?;
+        self.check_trained_at(index, name)?;
         let factor = self.read_factor()?;
         on_device!(&self.run, run => {
             let Flat { owned, exchange, .. } = &run.buffers.flat;
@@ -886,7 +887,7 @@ impl Trainer {
             }
             let (tensors, gradients) = (self.model.tensors(), &run.buffers.flat.gradients);
             let exported = run.model.exported_gradients(tensors, gradients);
-            exported.read(index, out, &mut Scratch::default())
+            named.read(out, |out| exported.read(index, out, &mut Scratch::default()))
         })?;
         if factor != 1.0 {
             out.iter_mut().for_each(|g| *g = (f64::from(*g) * factor) as f32);

@@ -15,8 +15,9 @@ use super::batch::Weighed;
 use super::memory::Buffers;
 use super::{Gradients, Run, Trainer};
 use crate::backend::{Backend, HostLoss, Sequences, on_device};
-use crate::gpt::{Pass, Place};
-use crate::model::Model;
+use crate::checkpoint::{Scratch, TensorRead};
+use crate::gpt::{Pass, Place, TensorInfo};
+use crate::model::{Model, Named};
 use crate::reserve::reserve;
 use crate::run::TrainerState;
 use crate::{Error, EvalStats, Result, StepStats};
@@ -392,8 +393,8 @@ impl Trainer {
     /// As [`crate::Model::write_tensor`]; [`Error::InvalidArgument`] where the divisors of the batches
     /// that wait are not above 0 together; [`Error::Unsupported`] as for [`Trainer::scale_gradients`].
     pub fn write_gradient(&mut self, name: &str, values: &[f32]) -> Result<()> {
-        let index = self.model.index_of(name, values.len())?;
-        self.check_trained(name)?;
+        let named = self.model.named(name, values.len())?;
+        self.check_trained_at(named.index, name)?;
         if let Some((i, value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             let what = format!("element {i} of the gradient of {name}");
             return Err(Error::NotFinite { what, value: *value });
@@ -401,13 +402,13 @@ impl Trainer {
         self.check_is_one_sum()?;
         let factor = self.read_factor()?;
         let is_new = self.pending.is_none();
-        let Self { run, pending, dropped, .. } = self;
+        let Self { run, model, pending, dropped, .. } = self;
         *dropped |= is_new;
         on_device!(run, run => {
             if is_new {
                 run.clear_gradients()?;
             }
-            run.write_gradient(index, values, factor)?;
+            run.write_gradient(&named, model.tensors(), values, factor)?;
         });
         pending.get_or_insert(Pending::NONE).is_changed = true;
         Ok(())
@@ -429,12 +430,21 @@ impl Trainer {
     /// [`Error::NoSuchTensor`].
     pub fn is_trained(&self, name: &str) -> Result<bool> {
         let index = self.model.number_of(name)?;
-        Ok(on_device!(&self.run, run => run.buffers.flat.slots[index].len > 0))
+        Ok(self.is_trained_at(index))
+    }
+
+    fn is_trained_at(&self, index: usize) -> bool {
+        on_device!(&self.run, run => run.buffers.flat.slots[index].len > 0)
     }
 
     /// An error where this tensor has no gradient.
     pub(super) fn check_trained(&self, name: &str) -> Result<()> {
-        if self.is_trained(name)? {
+        self.check_trained_at(self.model.number_of(name)?, name)
+    }
+
+    /// The same of the tensor of this number, which `name` is of.
+    pub(super) fn check_trained_at(&self, index: usize, name: &str) -> Result<()> {
+        if self.is_trained_at(index) {
             return Ok(());
         }
         let message = format!("{name} is frozen, so that it has no gradient");
@@ -603,7 +613,14 @@ impl<B: Backend> Run<B> {
     }
 
     /// Writes a gradient that is read times `factor`.
-    fn write_gradient(&mut self, index: usize, values: &[f32], factor: f64) -> Result<()> {
+    fn write_gradient(
+        &mut self,
+        named: &Named,
+        tensors: &[TensorInfo],
+        values: &[f32],
+        factor: f64,
+    ) -> Result<()> {
+        let (index, mut whole) = (named.index, Vec::new());
         let (on, gradients) = (&*self.model, &mut self.buffers.flat.gradients);
         let (mut scaled, mut ours) = (Vec::new(), Vec::new());
         let mut values = values;
@@ -612,6 +629,10 @@ impl<B: Backend> Run<B> {
             scaled.extend(values.iter().map(|value| (f64::from(*value) / factor) as f32));
             values = &scaled;
         }
+        let values = named.whole(values, &mut whole, |whole| {
+            let exported = on.exported_gradients(tensors, gradients);
+            exported.read(index, whole, &mut Scratch::default())
+        })?;
         let ours = on.table.specs()[index].import(values, &mut ours)?;
         gradients.write(&*on.backend, on.table.slots()[index], ours)
     }

@@ -28,10 +28,12 @@ int main(void) {
   plan.struct_size = sizeof plan;
 
   /* Each size of a model alone, and all at their limits: more memory than any machine has. */
-  for (int field = 0; field < 5; field++) {
+  for (int field = 0; field < 8; field++) {
     mxt_model_config config = small_config();
-    size_t *fields[] = {&config.vocab_size, &config.context_length, &config.layers, &config.heads,
-                        &config.channels};
+    size_t *fields[] = {&config.vocab_size,   &config.context_length, &config.layers,
+                        &config.heads,        &config.channels,       &config.kv_heads,
+                        &config.mlp_channels, &config.head_size};
+    if (field > 4) config.architecture = MXT_ARCHITECTURE_LLAMA;
     *fields[field] = most;
     is_refused(mxt_model_new(engine, &config, &other));
     is_refused(mxt_plan(engine, &config, NULL, &plan));
@@ -44,11 +46,25 @@ int main(void) {
   is_refused(mxt_model_new(engine, &config, &other));
   CHECK(other == NULL);
 
+  mxt_model_config llama = config;
+  llama.architecture = MXT_ARCHITECTURE_LLAMA;
+  llama.heads = llama.head_size = (size_t)1 << 16;
+  llama.mlp_channels = (size_t)1 << 22;
+  is_refused(mxt_model_new(engine, &llama, &other));
+  is_refused(mxt_plan(engine, &llama, NULL, &plan));
+  llama.head_size = 64;
+  llama.tied_head = 0;
+  llama.qkv_bias = 1;
+  is_refused(mxt_model_new(engine, &llama, &other));
+  CHECK(other == NULL);
+
   /* A plan of any legal size is a number, or an error if it is none. */
   mxt_trainer_options options = small_options();
   options.batch_size = 64;
   options.sequence_length = 1024;
   OK(mxt_plan(engine, &config, &options, &plan));
+  CHECK(plan.total > plan.weights && plan.weights > (uint64_t)1 << 50);
+  OK(mxt_plan(engine, &llama, &options, &plan));
   CHECK(plan.total > plan.weights && plan.weights > (uint64_t)1 << 50);
   options.batch_size = (size_t)1 << 20;
   options.sequence_length = config.context_length;

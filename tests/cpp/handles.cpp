@@ -355,8 +355,101 @@ static void adapters() {
   CHECK(!partly.is_trained(fc + "weight") && partly.is_trained("transformer.wte.weight"));
 }
 
+static mxt::ModelConfig llama_config() {
+  mxt::ModelConfig config = small_config();
+  config.architecture = mxt::Architecture::llama;
+  config.layers = 2;
+  config.heads = 4;
+  config.kv_heads = 2;
+  config.head_size = 6;
+  config.mlp_channels = 20;
+  config.qk_norm = true;
+  config.tied_head = false;
+  config.rope_theta = 5e5;
+  config.rope_scaling = mxt::RopeScaling::llama3;
+  config.rope_factor = 8;
+  config.rope_low_frequency = 0.5f;
+  config.rope_high_frequency = 3;
+  config.rope_original_context = 9;
+  return config;
+}
+
+static bool is_llama(const mxt::ModelConfig &found) {
+  const mxt::ModelConfig given = llama_config();
+  return found.architecture == given.architecture && found.heads == given.heads &&
+         found.kv_heads == given.kv_heads && found.head_size == given.head_size &&
+         found.mlp_channels == given.mlp_channels && found.tied_head == given.tied_head &&
+         found.qkv_bias == given.qkv_bias && found.qk_norm == given.qk_norm &&
+         found.rope_theta == given.rope_theta && found.rope_scaling == given.rope_scaling &&
+         found.rope_factor == given.rope_factor &&
+         found.rope_low_frequency == given.rope_low_frequency &&
+         found.rope_high_frequency == given.rope_high_frequency &&
+         found.rope_original_context == given.rope_original_context;
+}
+
+static void llamas() {
+  mxt::Engine engine(one_thread());
+  mxt::Model model(engine, llama_config());
+  CHECK(is_llama(model.config()));
+  const auto dataset = mxt::Dataset::from_tokens(some_tokens());
+  mxt::Trainer trainer(model, small_options());
+  const float first = trainer.step(dataset).loss, second = trainer.step(dataset).loss;
+  CHECK(trainer.steps_done() == 2 && first != second);
+  const auto text = model.generate({1, 2, 3});
+  CHECK(text.size() == mxt::GenerateOptions().max_tokens);
+
+  // Parts have the rows of the tensor that they are of, one after the other.
+  const std::string attention = "model.layers.1.self_attn.", mlp = "model.layers.1.mlp.";
+  std::vector<float> rows = model.read(attention + "q_proj.weight");
+  CHECK(rows.size() == 24 * 16);
+  for (const char *name : {"k_proj.weight", "v_proj.weight"}) {
+    const std::vector<float> part = model.read(attention + name);
+    CHECK(part.size() == 12 * 16);
+    rows.insert(rows.end(), part.begin(), part.end());
+  }
+  CHECK(model.read(attention + "qkv_proj.weight") == rows);
+  CHECK(model.read(mlp + "gate_proj.weight").size() == 20 * 16);
+  CHECK(model.read(mlp + "up_proj.weight") != model.read(mlp + "gate_proj.weight"));
+  const std::vector<float> ones(12 * 16, 1.0f);
+  model.write(attention + "k_proj.weight", ones);
+  CHECK(model.read(attention + "k_proj.weight") == ones);
+  CHECK(model.read(attention + "qkv_proj.weight").front() == rows.front());
+  std::vector<float> gradient(12 * 16);
+  trainer.read_gradient(attention + "k_proj.weight", gradient);
+  trainer.write_gradient(attention + "k_proj.weight", ones);
+  fails(MXT_ERROR_INVALID_ARGUMENT, "a part of a tensor",
+        [&] { model.write(attention + "k_proj.weight", rows); });
+  for (const std::string name : {"self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"}) {
+    fails(MXT_ERROR_NO_SUCH_TENSOR, name, [&] { model.read(name); });
+  }
+
+  mxt::Files files;
+  model.save(files);
+  const mxt::Model loaded = mxt::Model::load(engine, files);
+  CHECK(is_llama(loaded.config()) && loaded.next_logits({5}) == model.next_logits({5}));
+  CHECK(mxt::Model(engine, loaded.config()).parameter_count() == model.parameter_count());
+
+  const auto refused = [&](std::string_view field, void (*change)(mxt::ModelConfig &)) {
+    mxt::ModelConfig config = llama_config();
+    change(config);
+    fails(MXT_ERROR_INVALID_ARGUMENT, field, [&] { mxt::Model none(engine, config); });
+  };
+  refused("kv_heads", [](auto &config) { config.kv_heads = 3; });
+  refused("head_size", [](auto &config) { config.head_size = 5; });
+  refused("qkv_bias", [](auto &config) { config.qkv_bias = true; });
+  refused("rope_theta", [](auto &config) { config.rope_theta = 0; });
+  refused("rope_factor", [](auto &config) { config.rope_factor = 0.5f; });
+  refused("rope_scaling",
+          [](auto &config) { config.rope_scaling = static_cast<mxt::RopeScaling>(9); });
+  refused("architecture",
+          [](auto &config) { config.architecture = static_cast<mxt::Architecture>(7); });
+  CHECK(!mxt::ModelConfig().qk_norm && mxt::ModelConfig().kv_heads == 0);
+  CHECK(mxt::ModelConfig().rope_scaling == mxt::RopeScaling::none);
+}
+
 int main() {
   errors();
+  llamas();
   moves_and_lifetimes();
   tensors();
   watches();

@@ -197,6 +197,33 @@ matrix for the embedding and the head unless tied_head is 0.
 """
 const MXT_ARCHITECTURE_GPT2 = Int32(0)
 
+"""
+Llama: RMSNorm before each half of a block, rotary positions, SwiGLU, heads that share keys and
+values where kv_heads says so, and no biases. With qkv_bias it is a Qwen2, with qk_norm a Qwen3;
+Mistral and SmolLM are Llamas. A tensor \"self_attn.qkv_proj\" of a block has the rows of q_proj,
+k_proj and v_proj in files, and \"mlp.gate_up_proj\" those of gate_proj and up_proj; these names are
+taken as well where one tensor is read or written.
+"""
+const MXT_ARCHITECTURE_LLAMA = Int32(1)
+
+# mxt_rope_scaling: How rotary positions are stretched.
+
+"""
+Not at all.
+"""
+const MXT_ROPE_SCALING_NONE = Int32(0)
+
+"""
+All alike: positions are divided by rope_factor.
+"""
+const MXT_ROPE_SCALING_LINEAR = Int32(1)
+
+"""
+As Llama 3.1 has it: what turns less than rope_low_frequency times in rope_original_context
+positions is divided by rope_factor, what turns more than rope_high_frequency times is not.
+"""
+const MXT_ROPE_SCALING_LLAMA3 = Int32(2)
+
 # mxt_activation: What the MLP of a block applies between its two layers.
 
 """
@@ -219,22 +246,22 @@ const MXT_DTYPE_F32 = Int32(0)
 # mxt_lora_layer: The linear layers of a block, as bits.
 
 """
-What makes queries, keys and values: attn.c_attn.
+What makes queries, keys and values: attn.c_attn, or self_attn.qkv_proj of Llama's blocks.
 """
 const MXT_LORA_LAYER_ATTN_C_ATTN = Int32(1)
 
 """
-What attention's result passes through: attn.c_proj.
+What attention's result passes through: attn.c_proj, or self_attn.o_proj.
 """
 const MXT_LORA_LAYER_ATTN_C_PROJ = Int32(2)
 
 """
-The first of the MLP: mlp.c_fc.
+The first of the MLP: mlp.c_fc, or mlp.gate_up_proj.
 """
 const MXT_LORA_LAYER_MLP_C_FC = Int32(4)
 
 """
-The second of the MLP: mlp.c_proj.
+The second of the MLP: mlp.c_proj, or mlp.down_proj.
 """
 const MXT_LORA_LAYER_MLP_C_PROJ = Int32(8)
 
@@ -835,18 +862,19 @@ struct mxt_model_config
     context_length::Csize_t
     # Number of blocks. Default 12.
     layers::Csize_t
-    # Attention heads of a block; must divide channels. Default 12.
+    # Attention heads of a block; must divide channels where head_size is 0. Default 12.
     heads::Csize_t
     # Width of the model. Default 768.
     channels::Csize_t
-    # Added to the variance in LayerNorm. Default 1e-5.
+    # Added to the variance in LayerNorm, or to the mean square in RMSNorm. Default 1e-5.
     layer_norm_epsilon::Cfloat
     # One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
     architecture::Int32
-    # Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
-    # model of that width reports.
+    # Width of the MLP inside a block. Default 0, which stands for 4 x channels, or in Llama's blocks
+    # for 8/3 x channels, rounded up to a multiple of 256, and is what a model of that width reports.
     mlp_channels::Csize_t
-    # One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
+    # One of mxt_activation, of GPT-2's blocks; Llama's have SwiGLU whatever it is. Default
+    # MXT_ACTIVATION_GELU_TANH.
     activation::Int32
     # 1 where the head shares its weights with the token embedding; 0 where it has a tensor
     # "lm_head.weight" (vocab_size, channels) of its own. Default 1.
@@ -865,6 +893,29 @@ struct mxt_model_config
     lora_alpha::Cfloat
     # Which linear layers of every block have it: some of mxt_lora_layer. 0 (default) is all.
     lora_layers::UInt32
+    # Heads of keys and values of a block, which divide heads; of Llama's blocks. Default 0, which
+    # stands for heads and is what a model with as many reports.
+    kv_heads::Csize_t
+    # Channels of a head, an even number; of Llama's blocks. Default 0, which stands for channels /
+    # heads and is what a model with such heads reports.
+    head_size::Csize_t
+    # Pair i of a head of n channels turns by rope_theta^(-2 i / n) a position; of Llama's blocks.
+    # Default 10000.
+    rope_theta::Cdouble
+    # With rope_scaling MXT_ROPE_SCALING_LLAMA3: positions that the model saw before. Default 8192.
+    rope_original_context::Csize_t
+    # 1 where what makes queries, keys and values has a bias; of Llama's blocks, as in Qwen2. Default 0.
+    qkv_bias::Int32
+    # 1 where every head of queries and keys is normalized; of Llama's blocks, as in Qwen3. Default 0.
+    qk_norm::Int32
+    # One of mxt_rope_scaling. Default MXT_ROPE_SCALING_NONE, with which none of what follows counts.
+    rope_scaling::Int32
+    # By how much, from 1 on. Default 1.
+    rope_factor::Cfloat
+    # Of MXT_ROPE_SCALING_LLAMA3, above 0. Default 1.
+    rope_low_frequency::Cfloat
+    # Of MXT_ROPE_SCALING_LLAMA3, above rope_low_frequency. Default 4.
+    rope_high_frequency::Cfloat
 end
 
 """
@@ -874,12 +925,14 @@ call that fills it.
 struct mxt_tensor_info
     # sizeof(mxt_tensor_info), set by the caller.
     struct_size::Csize_t
-    # The name that Hugging Face's gpt2 gives it, such as "transformer.h.0.attn.c_attn.weight".
-    # Valid as long as the model handle.
+    # The name that Hugging Face's gpt2 or llama gives it, such as
+    # "transformer.h.0.attn.c_attn.weight"; see mxt_architecture for what has no name there. Valid as
+    # long as the model handle.
     name::Cstring
     # Product of the dimensions.
     element_count::UInt64
-    # The dimensions, slowest first; those from rank on are 0. Linear weights are (in, out).
+    # The dimensions, slowest first; those from rank on are 0. Linear weights of GPT-2
+    # are (in, out), those of Llama's blocks (out, in).
     shape::NTuple{4,UInt64}
     # Number of dimensions.
     rank::UInt32
@@ -1640,7 +1693,7 @@ end
 """
     mxt_model_new(engine, config, model)
 
-Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it
+Makes a model with random initial weights, as GPT-2's, drawn from the engine's seed, and stores it
 in `*model` for the caller to free.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field),
@@ -1658,9 +1711,9 @@ end
     mxt_model_load(engine, dir, model)
 
 Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-(gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
-64 bits, in one file or in several with an index; a head that differs from the embedding stays
-one of its own.
+(gpt2, llama, mistral, qwen2 or qwen3), and stores it in `*model` for the caller to free. Weights
+are safetensors in 16, 32 or 64 bits, in one file or in several with an index; a head that differs
+from the embedding stays one of its own.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a
@@ -1677,8 +1730,8 @@ end
 """
     mxt_model_save(model, dir)
 
-Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-folder is made if it is not there. A failure, or a kill at any instant, leaves a whole
+Saves weights and configuration as a folder that Hugging Face transformers opens. The folder is
+made if it is not there. A failure, or a kill at any instant, leaves a whole
 checkpoint there, the one before or the new one. Whatever else is in the folder stays, and so do
 keys of the configuration that a loaded model came with, such as special tokens.
 
@@ -1835,8 +1888,10 @@ end
 """
     mxt_model_tensor_read(model, name, values, count)
 
-Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
-room for and must be the tensor's element_count. `values` may lie in memory of the engine's GPU.
+Copies tensor `name` into `values`, row-major; or, of one that files have in parts, a part by its
+name there, such as \"model.layers.0.self_attn.q_proj.weight\". `count` is the number of floats that
+`values` has room for and must be the tensor's element_count, or the part's. `values`
+may lie in memory of the engine's GPU.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 wrong count), MXT_ERROR_BUSY.
@@ -1853,8 +1908,9 @@ end
 """
     mxt_model_tensor_write(model, name, values, count)
 
-Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
-and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+Overwrites tensor `name`, or a part of one, with `values`, as mxt_model_tensor_read has them.
+`count` is the number of floats in `values` and must be the tensor's element_count, or the part's.
+The moments of a trainer of this model stay as they are.
 `values` may lie in memory of the engine's GPU.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a

@@ -18,8 +18,9 @@ What holds everywhere:
 
 - Tokens are numbers from 0 to `vocab_size - 1`, as in every file of tokens, not from 1.
 - C's arrays are row-major and Julia's column-major, and nothing is transposed on the way: an array
-  here has C's dimensions in reverse order. A linear layer's weight, which is (in, out) in the
-  checkpoint, is an `out × in` matrix in Julia, so that `weight * x .+ bias` is the layer.
+  here has C's dimensions in reverse order. A linear layer's weight of a GPT-2, which is (in, out)
+  in the checkpoint, is an `out × in` matrix in Julia, so that `weight * x .+ bias` is the layer;
+  that of a Llama is (out, in) there, and the layer is `weight' * x`.
 - Options are keyword arguments with the names and the defaults of the C structs.
 - Numbers that come back are `Int`, `Float32` and `Float64`; tokens are `Int`.
 - A call that fails throws an [`MXFP4Error`](@ref), or an `ArgumentError` that names the option. What

@@ -4,10 +4,21 @@
     Model(engine; vocab_size = 50257, context_length = 1024, layers = 12, heads = 12, channels = 768,
         mlp_channels = 4channels, activation = :gelu_tanh, tied_head = true, scale_attention = true,
         scale_attention_by_layer = false, lora_rank = 0, lora_alpha = 0, lora_layers = LORA_LAYERS)
+    Model(engine; architecture = :llama, kv_heads = heads, head_size = channels ÷ heads,
+        qkv_bias = false, qk_norm = false, rope_theta = 10000, rope_scaling = :none,
+        rope_factor = 1, rope_low_frequency = 1, rope_high_frequency = 4,
+        rope_original_context = 8192, ...)
 
 A model with random initial weights, drawn from the engine's seed. The defaults are GPT-2 small.
 `activation` is `:gelu_tanh` or `:gelu`. With `tied_head = false` there is a tensor `lm_head.weight`.
 With a `lora_rank` there are adapters, as [`with_lora`](@ref) makes them.
+
+A Llama has RMSNorm, rotary positions, SwiGLU, and no biases; its `mlp_channels` are by default 8/3
+of `channels`, rounded up to a multiple of 256. With `qkv_bias` it is a Qwen2, with `qk_norm` a
+Qwen3. Pair i of a head of n channels turns by `rope_theta^(-2i / n)` a position. `rope_scaling` is
+`:none`; `:linear`, which divides positions by `rope_factor`; or `:llama3`, which divides those of
+pairs that turn less than `rope_low_frequency` times in `rope_original_context` positions, and
+leaves those that turn more than `rope_high_frequency` times.
 
     Model(trainer)
 
@@ -34,7 +45,8 @@ end
 """
     MXFP4Train.load(Model, engine, folder)
 
-The model of a checkpoint folder, written by this library or by Hugging Face transformers (`gpt2`).
+The model of a checkpoint folder, written by this library or by Hugging Face transformers (`gpt2`,
+`llama`, `mistral`, `qwen2`, `qwen3`).
 """
 function load(::Type{Model}, engine::Engine, folder::AbstractString)
     text = text_or_nothing("folder", folder)
@@ -46,9 +58,9 @@ end
 """
     MXFP4Train.save(model, folder; weights = :f32)
 
-Saves weights and configuration so that Hugging Face transformers opens the folder as `gpt2`. A
-failure leaves what was there before. `weights` is what they are stored as: `:f32`, `:f16`, `:bf16`, or
-`:mxfp4`, which this library alone reads.
+Saves weights and configuration so that Hugging Face transformers opens the folder. A failure leaves
+what was there before. `weights` is what they are stored as: `:f32`, `:f16`, `:bf16`, or `:mxfp4`,
+which this library alone reads.
 """
 function save(model::Model, folder::AbstractString; weights::Symbol = :f32)
     text, number = text_or_nothing("folder", folder), number_of("weights", STORED_WEIGHTS, weights)
@@ -75,8 +87,9 @@ end
 
 A new model with the weights of `model`, which stays as it is, and adapters (LoRA) beside its linear
 layers, which change nothing yet. A [`Trainer`](@ref) of it trains the adapters alone. `layers` are some
-of `"attn.c_attn"`, `"attn.c_proj"`, `"mlp.c_fc"`, `"mlp.c_proj"`, of every block. Both models take
-memory.
+of `"attn.c_attn"`, `"attn.c_proj"`, `"mlp.c_fc"`, `"mlp.c_proj"`, of every block; in Llama's they
+stand for `self_attn.qkv_proj`, `self_attn.o_proj`, `mlp.gate_up_proj`, `mlp.down_proj`. Both models
+take memory.
 """
 function with_lora(model::Model; rank::Integer = 8, alpha::Real = 2rank, layers = LORA_LAYERS)
     bits = lora_bits(layers)
@@ -123,17 +136,22 @@ end
 """
     config(model)
 
-The shape of the model, as a named tuple. `mlp_channels` of 0 stands for four times `channels`.
+The shape of the model, as a named tuple, of which `Model(engine; config(model)...)` makes another.
+`mlp_channels`, `kv_heads` and `head_size` of 0 stand for what they are by default.
 """
 function config(model::Model)
     shape = sized(Lib.mxt_model_config)
     call(() -> Lib.mxt_model_get_config(model, shape), model)
     found = named(shape[])
     return merge(found, (
+        architecture = ARCHITECTURES[found.architecture + 1],
         activation = ACTIVATIONS[found.activation + 1],
         tied_head = found.tied_head != 0,
         scale_attention = found.scale_attention != 0,
         scale_attention_by_layer = found.scale_attention_by_layer != 0,
+        qkv_bias = found.qkv_bias != 0,
+        qk_norm = found.qk_norm != 0,
+        rope_scaling = ROPE_SCALINGS[found.rope_scaling + 1],
         lora_layers = [
             layer for (i, layer) in enumerate(LORA_LAYERS) if found.lora_layers >> (i - 1) & 1 == 1
         ],
@@ -297,7 +315,9 @@ function Base.show(io::IO, model::Model)
 end
 
 # In the order of C's numbers, from 0.
+const ARCHITECTURES = (:gpt2, :llama)
 const ACTIVATIONS = (:gelu_tanh, :gelu)
+const ROPE_SCALINGS = (:none, :linear, :llama3)
 const DECODER_WEIGHTS = (:f32, :bf16, :mxfp4)
 const DRAFTS = (:none, :ngram, :mxfp4, :mxfp4_ngram)
 
@@ -314,22 +334,26 @@ end
 
 # The library's defaults with `fields` in place of some.
 function model_config(;
+    architecture::Symbol = :gpt2,
     activation::Symbol = :gelu_tanh,
     tied_head::Bool = true,
     scale_attention::Bool = true,
     scale_attention_by_layer::Bool = false,
+    qkv_bias::Bool = false,
+    qk_norm::Bool = false,
+    rope_scaling::Symbol = :none,
     lora_layers = (),
     fields...,
 )
-    number = findfirst(==(activation), ACTIVATIONS)
-    if number === nothing
-        throw(ArgumentError("activation: expected one of $ACTIVATIONS, got $(repr(activation))"))
-    end
     managed = (
-        activation = number - 1,
+        architecture = number_of("architecture", ARCHITECTURES, architecture),
+        activation = number_of("activation", ACTIVATIONS, activation),
         tied_head = tied_head,
         scale_attention = scale_attention,
         scale_attention_by_layer = scale_attention_by_layer,
+        qkv_bias = qkv_bias,
+        qk_norm = qk_norm,
+        rope_scaling = number_of("rope_scaling", ROPE_SCALINGS, rope_scaling),
         lora_layers = lora_bits(lora_layers),
     )
     return filled(Lib.mxt_model_config, Lib.mxt_model_config_init, fields, managed)

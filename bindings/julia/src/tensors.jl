@@ -18,7 +18,11 @@ Change it as often as you like and assign it once:
     weights["transformer.wpe.weight"] = values
 
 An array has C's dimensions in reverse order: a weight that is (in, out) in the checkpoint is an
-`out × in` matrix here, with no number moved.
+`out × in` matrix here, with no number moved; those of a Llama, (out, in) there, are `in × out`.
+
+`self_attn.qkv_proj` of Llama's blocks has what files have as `q_proj`, `k_proj` and `v_proj`, one
+behind the other in the last dimension, and `mlp.gate_up_proj` has `gate_proj` and `up_proj`. These
+names have values, too, and are not among the `keys`.
 """
 tensors(model::Model) = Tensors(model, model)
 
@@ -48,9 +52,36 @@ struct Tensors <: AbstractDict{String,Array{Float32}}
             shape = info[].shape
             push!(names, name[])
             sizes[name[]] = reverse(ntuple(i -> Int(shape[i]), Int(info[].rank)))
+            add_parts!(sizes, model, name[])
         end
         return new(source, names, sizes)
     end
+end
+
+# Sizes of what files have in place of a tensor of Llama's blocks.
+function add_parts!(sizes, model::Model, name)
+    for whole in ("self_attn.qkv_proj.", "mlp.gate_up_proj.")
+        at = findfirst(whole, name)
+        at === nothing && continue
+        before, kind = name[1:(first(at) - 1)], name[(last(at) + 1):end]
+        kind == "weight" || kind == "bias" || continue
+        all, parts = parts_of(whole, config(model))
+        for (part, share) in parts
+            inner, rows = Base.front(sizes[name]), sizes[name][end]
+            sizes["$before$part$kind"] = (inner..., rows ÷ all * share)
+        end
+    end
+    return sizes
+end
+
+# In how many equal shares its rows fall, and how many of them each part has.
+function parts_of(whole, shape)
+    if whole == "mlp.gate_up_proj."
+        return 2, ("mlp.gate_proj." => 1, "mlp.up_proj." => 1)
+    end
+    q, kv = shape.heads, shape.kv_heads == 0 ? shape.heads : shape.kv_heads
+    names = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
+    return q + 2kv, (names[1] => q, names[2] => kv, names[3] => kv)
 end
 
 has_values(::Model, name) = true

@@ -253,6 +253,90 @@ IS_WHOLE && @testset "model and tensors" begin
     end
 end
 
+IS_WHOLE && @testset "Llamas" begin
+    # Nothing in it is what a default or another number says, too.
+    llama = (;
+        SMALL...,
+        architecture = :llama,
+        layers = 2,
+        heads = 4,
+        kv_heads = 2,
+        head_size = 6,
+        mlp_channels = 20,
+        tied_head = false,
+        qk_norm = true,
+        rope_theta = 5e5,
+        rope_scaling = :llama3,
+        rope_factor = 8,
+        rope_low_frequency = 0.5,
+        rope_high_frequency = 3,
+        rope_original_context = 9,
+    )
+    model, engine = Model(new_engine(); llama...), new_engine()
+    shape = config(model)
+    @test all(getfield(shape, name) == getfield(llama, name) for name in keys(llama))
+    @test shape.qkv_bias === false && config(Model(engine; shape...)) == shape
+    plain = config(Model(engine; SMALL..., architecture = :llama, qkv_bias = true))
+    @test plain.qkv_bias && plain.kv_heads == plain.head_size == plain.mlp_channels == 0
+    @test plain.rope_theta == 10000 && plain.rope_scaling === :none
+    @test config(new_model()).architecture === :gpt2
+
+    # The rows of parts are columns here.
+    weights = tensors(model)
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.1.mlp."
+    q, k, v = (weights["$(attention)$(name)_proj.weight"] for name in "qkv")
+    @test size(q) == (16, 24) && size(k) == size(v) == (16, 12)
+    @test hcat(q, k, v) == weights[attention * "qkv_proj.weight"]
+    gate, up = weights[mlp * "gate_proj.weight"], weights[mlp * "up_proj.weight"]
+    @test size(gate) == (16, 20) && hcat(gate, up) == weights[mlp * "gate_up_proj.weight"]
+    of_k = attention * "k_proj.weight"
+    @test haskey(weights, of_k) && !(of_k in keys(weights))
+    @test sum(length(weights[name]) for name in keys(weights)) == parameter_count(model)
+    weights[of_k] .= 1
+    @test weights[attention * "qkv_proj.weight"] == hcat(q, ones(16, 12), v)
+    weights[of_k] = k
+    @test_throws DimensionMismatch weights[of_k] = q
+    @test_throws KeyError weights["model.layers.2.mlp.up_proj.weight"]
+    @test_throws KeyError weights[attention * "q_proj.bias"]
+
+    trainer, data = Trainer(model; batch_size = 2, lr = 1e-2), new_dataset()
+    losses = [step!(trainer, data).loss for _ in 1:20]
+    @test losses[end] < losses[1]
+    @test size(gradients(trainer)[of_k]) == (16, 12) && any(!=(0), gradients(trainer)[of_k])
+    gradients(trainer)[of_k] = ones(16, 12)
+    @test gradients(trainer)[of_k] == ones(16, 12)
+    frozen = Trainer(model; batch_size = 2, frozen = "*.qkv_proj.*")
+    step!(frozen, data)
+    @test !haskey(gradients(frozen), of_k) && haskey(gradients(frozen), mlp * "up_proj.weight")
+    text = generate(model, [1, 2, 3]; max_tokens = 5, temperature = 0)
+    @test length(text) == 5 && text[1] == argmax(next_logits(model, [1, 2, 3])) - 1
+    @test size(tensors(with_lora(model; rank = 2))[attention * "qkv_proj.lora_B.weight"]) == (2, 48)
+    mktempdir() do folder
+        save(model, folder)
+        again = load(Model, engine, folder)
+        @test config(again) == shape && tensors(again)[of_k] == tensors(model)[of_k]
+    end
+    oracle = load(Model, engine, joinpath(@__DIR__, "../../../tests/oracle/qwen2-odd"))
+    @test config(oracle).architecture === :llama && config(oracle).qkv_bias
+    @test config(oracle).rope_theta == 1e6 && config(oracle).kv_heads == 1
+    @test size(tensors(oracle)[attention * "k_proj.bias"]) == (8,)
+
+    for (change, field) in (
+        (kv_heads = 3,) => "kv_heads",
+        (head_size = 5,) => "head_size",
+        (qkv_bias = true,) => "qkv_bias",
+        (rope_theta = 0,) => "rope_theta",
+        (rope_factor = 0.5,) => "rope_factor",
+        (rope_low_frequency = 3,) => "rope_high_frequency",
+        (architecture = :gpt2,) => "architecture llama",
+    )
+        @test refuses(() -> Model(engine; llama..., change...), MXFP4Error, field)
+    end
+    @test refuses(() -> Model(engine; architecture = :bert), ArgumentError, "architecture: exp")
+    @test refuses(() -> Model(engine; rope_scaling = :yarn), ArgumentError, "rope_scaling: exp")
+    @test refuses(() -> Model(engine; kv_heads = -1), ArgumentError, "kv_heads: expected a whole")
+end
+
 IS_WHOLE && @testset "adapters and frozen tensors" begin
     base, data = new_model(), new_dataset()
     adapted = with_lora(base; rank = 3, layers = ("attn.c_attn", "mlp.c_proj"))

@@ -102,6 +102,7 @@ def test_names_have_the_numbers_of_the_header():
         ("MXT_RUN_END_", _trainer.RUN_ENDS),
         ("MXT_ACTIVATION_", _model.ACTIVATIONS),
         ("MXT_ARCHITECTURE_", _model.ARCHITECTURES),
+        ("MXT_ROPE_SCALING_", _model.ROPE_SCALINGS),
         ("MXT_STORED_WEIGHTS_", _model.STORED_WEIGHTS),
         ("MXT_DECODER_WEIGHTS_", _generate.DECODER_WEIGHTS),
         ("MXT_DRAFT_", _generate.DRAFTS),

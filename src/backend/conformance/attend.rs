@@ -28,31 +28,60 @@ const SIZES: [(usize, usize, usize, usize, f32); 21] = [
     (2, 140, 1, 128, 0.25),
 ];
 
+/// B, T, H, kv heads and channels of a head.
+const SHARED: [(usize, usize, usize, usize, usize); 9] = [
+    (2, 7, 4, 2, 16),
+    (1, 65, 3, 1, 20),
+    (2, 130, 4, 2, 64),
+    (1, 200, 8, 2, 64),
+    (2, 97, 4, 1, 128),
+    (1, 300, 6, 2, 128),
+    (1, 257, 4, 2, 96),
+    (1, 33, 4, 1, 160),
+    (2, 150, 9, 3, 64),
+];
+
 pub(super) fn attention<B: Harness>(backends: &[B]) {
-    attention_of::<B>(backends, None);
+    attention_of::<B>(backends, None, SIZES.map(|(b, t, h, d, f)| (b, t, [h; 2], d, f)));
+}
+
+/// Heads of q that share those of k and v, whose gradients are sums over them.
+pub(super) fn attention_of_shared_heads<B: Harness>(backends: &[B]) {
+    for lengths in [None, Some(&[5, 1, 1, 16, 40, 2, 90, 33][..])] {
+        attention_of::<B>(
+            backends,
+            lengths,
+            SHARED.map(|(b, t, h, kv, d)| (b, t, [h, kv], d, 1.0)),
+        );
+    }
 }
 
 /// Documents that end within tiles of queries and of keys, and between them.
 pub(super) fn attention_of_documents<B: Harness>(backends: &[B]) {
     for lengths in [&[5, 1, 1, 16, 40, 2, 90, 33, 7, 150, 64][..], &[64, 128, 192, 1]] {
-        attention_of::<B>(backends, Some(lengths));
+        let sizes = SIZES.map(|(b, t, h, d, f)| (b, t, [h; 2], d, f));
+        attention_of::<B>(backends, Some(lengths), sizes);
     }
 }
 
-fn attention_of<B: Harness>(backends: &[B], lengths: Option<&[usize]>) {
-    for (batch, length, heads, head_size, score_factor) in SIZES {
+fn attention_of<B: Harness>(
+    backends: &[B],
+    lengths: Option<&[usize]>,
+    sizes: impl IntoIterator<Item = (usize, usize, [usize; 2], usize, f32)>,
+) {
+    for (batch, length, [heads, kv_heads], head_size, score_factor) in sizes {
         if length > B::LONGEST {
             continue;
         }
         let sequences = Sequences { batch, length };
         let (rows, channels) = (sequences.rows(), heads * head_size);
+        let wide = channels + 2 * kv_heads * head_size;
         let bounds = lengths.map(|lengths| packed(sequences, lengths));
         let starts = bounds.as_ref().map(|[starts, _]| &starts[..]);
         for held in precisions::<B>() {
-            let qkv = rounded(&random(rows * 3 * channels, 1), held);
+            let qkv = rounded(&random(rows * wide, 1), held);
             let dout = rounded(&random(rows * channels, 2), held);
             let precision = Precision::F32;
-            let kv_heads = heads;
             let shape =
                 AttentionShape { sequences, heads, kv_heads, head_size, score_factor, precision };
             let (exact, exact_lse) = reference::attention_forward_of(&f64s(&qkv), starts, shape);
@@ -64,7 +93,8 @@ fn attention_of<B: Harness>(backends: &[B], lengths: Option<&[usize]>) {
                 each(backends, |b| {
                     let what = |what: &str| {
                         format!(
-                            "{what} ({batch}, {length}, {heads} of {head_size}) by {score_factor}"
+                            "{what} ({batch}, {length}, {heads} and {kv_heads} of {head_size}) by \
+                             {score_factor}"
                         )
                     };
                     let documents = bounds.as_ref().map(|bounds| documents(b, bounds));
@@ -78,7 +108,7 @@ fn attention_of<B: Harness>(backends: &[B], lengths: Option<&[usize]>) {
                     close(b, &what("out"), &read(b, &out), &exact, of, precision);
                     let (ours, of) = (read_f32(b, &lse, rows * heads), Of::LogSum(score_factor));
                     close(b, &what("lse"), &ours, &exact_lse, of, precision);
-                    let mut dqkv = poison(b, rows * 3 * channels, precision);
+                    let mut dqkv = poison(b, rows * wide, precision);
                     let operands = AttentionBackward {
                         dqkv: &mut dqkv,
                         dout: &dout,

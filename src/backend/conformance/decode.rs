@@ -80,7 +80,7 @@ pub(super) fn few_rows_are_those_of_a_layer<B: Harness>(backends: &[B]) {
                     y: &mut y,
                     x: &x,
                     w,
-                    b: b_,
+                    b: Some(b_),
                     mean: None,
                     epilogue,
                     turned: None,
@@ -125,24 +125,80 @@ pub(super) fn few_rows_are_those_of_a_layer<B: Harness>(backends: &[B]) {
     }
 }
 
+/// Without a bias, and through SwiGLU.
+pub(super) fn few_rows_with_swiglu<B: Harness>(backends: &[B]) {
+    let sizes = [[1, 64, 96], [3, 40, 34], [17, 128, 256], [70, 64, 80]];
+    for (weights, [rows, inputs, outputs]) in
+        DecoderWeights::ALL.into_iter().flat_map(|weights| sizes.map(|size| (weights, size)))
+    {
+        let (shape, m) = (LinearShape { rows, inputs, outputs }, outputs / 2);
+        let precision = B::activations_in(weights, Master::F32);
+        let x = rounded(&random(rows * inputs, 1), Precision::Bf16);
+        let w = random(outputs * inputs, 3);
+        let held = f64s(&held_in(&w, inputs, weights));
+        let exact = reference::linear_forward(&f64s(&x), &held, &vec![0.0; outputs], shape);
+        each(backends, |b| {
+            if b.decodes(shape, weights).is_err() {
+                return;
+            }
+            let what = |of: &str| format!("{of} of {shape:?} with weights in {weights}");
+            let params = Params::of(b, &[&w]);
+            let mut packed = cut(b, |arena| b.packed(arena, shape, weights));
+            b.pack_weight(&mut packed, params.get(b, 0), shape);
+            let sequences = Sequences { batch: 1, length: rows };
+            let widest = inputs.max(outputs).next_multiple_of(BLOCK);
+            let mut scratch = workspace(b, sequences, widest, 1, outputs, precision);
+            let mut run = |x: &[f32]| {
+                let shape = LinearShape { rows: x.len() / inputs, ..shape };
+                let x = input(b, x, precision);
+                let [mut y, mut out] =
+                    [outputs, m].map(|width| poison(b, shape.rows * width, precision));
+                let operands = LinearForward {
+                    y: &mut y,
+                    x: &x,
+                    w: params.get(b, 0),
+                    b: None,
+                    mean: None,
+                    epilogue: Epilogue::SwiGlu { out: &mut out },
+                    turned: None,
+                };
+                b.packed_forward(&mut scratch, operands, &packed, shape);
+                [read(b, &y), read(b, &out)]
+            };
+            let [y, out] = run(&x);
+            within(b, &what("y"), &y, &exact, bound(b, weights, Of::Activation));
+            let gated = reference::swiglu_forward(&f64s(&y), m);
+            within(b, &what("swiglu"), &out, &gated, b.bound(Of::Activation, precision));
+            for row in [0, rows - 1] {
+                let [_, alone] = run(&x[row * inputs..][..inputs]);
+                assert_eq!(bits(&alone), bits(&out[row * m..][..m]), "{}", what("a row alone"));
+            }
+        });
+    }
+}
+
 pub(super) fn attention_in_pieces<B: Harness>(backends: &[B]) {
     let sizes = [
-        (2, 64, 150),
-        (1, 128, 70),
-        (2, 40, 33),
-        (3, 72, 90),
-        (2, 17, 45),
-        (1, 160, 20),
-        (1, 8, 1100),
+        (2, 2, 64, 150),
+        (1, 1, 128, 70),
+        (2, 2, 40, 33),
+        (3, 3, 72, 90),
+        (2, 2, 17, 45),
+        (1, 1, 160, 20),
+        (1, 1, 8, 1100),
+        (4, 2, 64, 75),
+        (6, 2, 128, 40),
+        (3, 1, 40, 50),
+        (4, 1, 18, 33),
     ];
-    for (heads, head_size, length) in sizes {
-        let c = heads * head_size;
+    for (heads, kv_heads, head_size, length) in sizes {
+        let (c, wide) = (heads * head_size, (heads + 2 * kv_heads) * head_size);
         for held in precisions::<B>() {
-            let qkv = rounded(&random(length * 3 * c, 6), held);
+            let qkv = rounded(&random(length * wide, 6), held);
             let shape = |length, precision| AttentionShape {
                 sequences: Sequences { batch: 1, length },
                 heads,
-                kv_heads: heads,
+                kv_heads,
                 head_size,
                 score_factor: 0.75,
                 precision,
@@ -157,7 +213,7 @@ pub(super) fn attention_in_pieces<B: Harness>(backends: &[B]) {
                     let (mut start, mut all) = (0, Vec::new());
                     for rows in pieces.iter().cycle() {
                         let rows = (*rows).min(length - start);
-                        let of_rows = input(b, &qkv[start * 3 * c..][..rows * 3 * c], held);
+                        let of_rows = input(b, &qkv[start * wide..][..rows * wide], held);
                         let mut out = poison(b, rows * c, held);
                         let shape = shape(rows, held);
                         b.write_rows(&mut tokens, &vec![0; rows], &[start]);
@@ -171,7 +227,7 @@ pub(super) fn attention_in_pieces<B: Harness>(backends: &[B]) {
                     }
                     unreachable!("there are pieces")
                 };
-                let what = format!("({length}, {heads} of {head_size}) in {held:?}");
+                let what = format!("({length}, {heads} and {kv_heads} of {head_size}) in {held:?}");
                 let whole = run(&[length]);
                 let bound = b.bound(Of::Attention(1.0), held);
                 within(b, &what, &whole, &exact, bound);
@@ -192,7 +248,7 @@ pub(super) fn attention_in_pieces<B: Harness>(backends: &[B]) {
                     .map(|start| {
                         let mut kept = cut(b, |arena| b.kept(arena, length, shape(1, held)));
                         if *start > 0 {
-                            let of_rows = input(b, &qkv[..start * 3 * c], held);
+                            let of_rows = input(b, &qkv[..start * wide], held);
                             let mut out = poison(b, start * c, held);
                             b.write_rows(&mut tokens, &vec![0; *start], &[0]);
                             let at = (&tokens, OfSequence { all: *start, first: 0, start: 0 });
@@ -211,7 +267,7 @@ pub(super) fn attention_in_pieces<B: Harness>(backends: &[B]) {
                     })
                     .collect();
                 let rows: Vec<f32> =
-                    starts.iter().flat_map(|at| &qkv[at * 3 * c..][..3 * c]).copied().collect();
+                    starts.iter().flat_map(|at| &qkv[at * wide..][..wide]).copied().collect();
                 let of_rows = input(b, &rows, held);
                 let mut out = poison(b, starts.len() * c, held);
                 b.write_rows(&mut tokens, &[0; 4], &starts);
@@ -250,7 +306,7 @@ pub(super) fn embedding_behind<B: Harness>(backends: &[B]) {
                 let sequences = Sequences { batch: 1, length: rows };
                 let shape = EmbeddingShape { sequences, channels };
                 let (wte, wpe) = (params.get(b, 0), params.get(b, 1));
-                b.embedding_behind(&mut out, (&tokens, starts), wte, wpe, shape);
+                b.embedding_behind(&mut out, (&tokens, starts), wte, Some(wpe), shape);
                 let what = format!("{rows} rows of {channels} from {starts:?} on");
                 close(b, &what, &read(b, &out), &exact, Of::Embedding, precision);
             });

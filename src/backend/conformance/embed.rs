@@ -22,8 +22,10 @@ pub(super) fn embedding_forward<B: Harness>(backends: &[B]) {
         let ids = some_tokens(shape.sequences.rows(), vocab, 1);
         let bounds = lengths.map(|lengths| packed(shape.sequences, lengths));
         let (wte, wpe) = (random(vocab * channels, 2), random(context(shape) * channels, 3));
+        let numbers: Vec<_> = ids.iter().map(|id| *id as usize).collect();
         for precision in precisions::<B>() {
             let [te, pe] = [&wte, &wpe].map(|w| f64s(&rounded(w, precision)));
+            let alone = reference::rows(&rounded(&wte, precision), &numbers, channels);
             let starts = bounds.as_ref().map(|[starts, _]| &starts[..]);
             let exact =
                 reference::embedding_forward((&ids, starts), &te, &pe, shape.sequences, channels);
@@ -33,8 +35,11 @@ pub(super) fn embedding_forward<B: Harness>(backends: &[B]) {
                 let (ids, params) = (tokens(b, &ids), Params::of(b, &[&wte, &wpe]));
                 let mut out = poison(b, exact.len(), precision);
                 let [te, pe] = [0, 1].map(|number| params.get(b, number));
-                b.embedding_forward(&mut out, &ids, documents, te, pe, shape);
+                b.embedding_forward(&mut out, &ids, documents, te, Some(pe), shape);
                 close(b, "out", &read(b, &out), &exact, Of::Embedding, precision);
+                let (mut out, te) = (poison(b, exact.len(), precision), params.get(b, 0));
+                b.embedding_forward(&mut out, &ids, documents, te, None, shape);
+                assert_eq!(bits(&read(b, &out)), bits(&alone), "{}: no positions", b.name());
             });
         }
     }

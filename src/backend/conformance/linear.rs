@@ -208,7 +208,7 @@ impl Layer {
         let (sequences, precision) = (Sequences { batch: 1, length: rows }, self.precision);
         let shape = WorkspaceShape {
             linears: &[self.shape],
-            norm: NormShape { rows, channels: inputs, epsilon: 0.0 },
+            norm: NormShape { rows, channels: inputs, epsilon: 0.0, kind: NormKind::Layer },
             attention: AttentionShape {
                 sequences,
                 heads: 1,
@@ -338,7 +338,7 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                     y: &mut y,
                     x: &x,
                     w: params.get(b, 0),
-                    b: params.get(b, 1),
+                    b: Some(params.get(b, 1)),
                     mean: means.as_ref().map(Means::part),
                     epilogue: Epilogue::None,
                     turned: None,
@@ -469,7 +469,7 @@ pub(super) fn linear_layers_with_gelu<B: Harness>(backends: &[B]) {
                         y: &mut y,
                         x: &x,
                         w: params.get(b, 0),
-                        b: params.get(b, 1),
+                        b: Some(params.get(b, 1)),
                         mean: None,
                         epilogue,
                         turned: None,
@@ -544,7 +544,7 @@ pub(super) fn operands_turned_ahead<B: Harness>(backends: &[B]) {
                     y: &mut y,
                     x: &x,
                     w: params.get(b, 0),
-                    b: params.get(b, 1),
+                    b: Some(params.get(b, 1)),
                     mean: None,
                     epilogue: Epilogue::None,
                     turned: turned.as_mut(),
@@ -642,6 +642,96 @@ pub(super) fn gelu<B: Harness>(backends: &[B]) {
                     close(b, &what, &read(b, &d), &exact_d, Of::Activation, precision);
                 });
             }
+        }
+    }
+}
+
+pub(super) fn swiglu<B: Harness>(backends: &[B]) {
+    for [rows, m] in [[1, 1], [7, 33], [20, 256], [33, 1000], [5, 4104]] {
+        for precision in precisions::<B>() {
+            let [y, d] = [(2 * rows * m, 1), (rows * m, 2)]
+                .map(|(len, seed)| rounded(&random(len, seed), precision));
+            let [y64, d64] = [&y, &d].map(|values| f64s(values));
+            let exact = reference::swiglu_forward(&y64, m);
+            let exact_dy = reference::swiglu_backward(&y64, &d64, m);
+            each(backends, |b| {
+                let what = format!("({rows}, {m})");
+                let of_y = input(b, &y, precision);
+                let mut out = poison(b, rows * m, precision);
+                b.swiglu_forward(&mut out, &of_y, rows, m);
+                close(b, &what, &read(b, &out), &exact, Of::Activation, precision);
+                let (mut dy, d) = (output(b, &y, precision), input(b, &d, precision));
+                b.swiglu_backward(&mut dy, &d, rows, m);
+                let what = format!("gradient of {what}");
+                close(b, &what, &read(b, &dy), &exact_dy, Of::Activation, precision);
+            });
+        }
+    }
+}
+
+/// A layer without a bias whose result passes through SwiGLU gives, to the bit, what the two by
+/// themselves do.
+pub(super) fn layers_with_swiglu<B: Harness>(backends: &[B]) {
+    for recipe in ["fp32", "bf16", "fp8", "mxfp4-rht-sr", "fp8-mxfp4-rht-sr"].map(linear_recipe) {
+        for size @ [rows, inputs, outputs] in [[33, 40, 48], [64, 64, 128], [128, 256, 256]] {
+            let layer = Layer::new::<B>(size, &recipe);
+            let (shape, precision, m) = (layer.shape, layer.precision, outputs / 2);
+            each(backends, |b| {
+                let what = format!("{}: {size:?}", b.name());
+                let Some(mut scratch) = layer.workspace(b, &recipe) else { return };
+                let params = Params::of(b, &[&layer.w]);
+                let x = input(b, &layer.x, precision);
+                let mut forward = |epilogue| {
+                    let mut y = poison(b, rows * outputs, precision);
+                    let operands = LinearForward {
+                        y: &mut y,
+                        x: &x,
+                        w: params.get(b, 0),
+                        b: None,
+                        mean: None,
+                        epilogue,
+                        turned: None,
+                    };
+                    b.linear_forward(&mut scratch, operands, shape, &recipe);
+                    y
+                };
+                let y = forward(Epilogue::None);
+                let mut apart = poison(b, rows * m, precision);
+                b.swiglu_forward(&mut apart, &y, rows, m);
+                let mut out = poison(b, rows * m, precision);
+                let again = forward(Epilogue::SwiGlu { out: &mut out });
+                assert!(bits(&read(b, &again)) == bits(&read(b, &y)), "{what}: y");
+                assert!(bits(&read(b, &out)) == bits(&read(b, &apart)), "{what}: swiglu(y)");
+
+                let pre = random(rows * outputs, 7);
+                let d = dense(b, &layer.dy[..rows * m], precision);
+                let mut backward = |dy| {
+                    let mut flat = Gradients::of(b, &[&vec![f32::NAN; outputs * inputs]]);
+                    let mut dx = poison(b, rows * inputs, precision);
+                    let [dw] = flat.get(b);
+                    let operands = LinearBackward {
+                        dx: &mut dx,
+                        dw,
+                        db: None,
+                        dy,
+                        x: &x,
+                        turned: None,
+                        w: params.get(b, 0),
+                        mean: None,
+                        accumulate: false,
+                    };
+                    b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
+                    let all = [vec![read(b, &dx)], flat.read(b)].concat();
+                    assert!(!all.iter().flatten().any(|v| v.is_nan()), "{what}: gradients");
+                    all.iter().map(|v| bits(v)).collect::<Vec<_>>()
+                };
+                let mut dy = dense(b, &pre, precision);
+                b.swiglu_backward(&mut dy, &d, rows, m);
+                let apart = backward(OutputGradient::Whole(&dy));
+                let mut y = dense(b, &pre, precision);
+                let behind = backward(OutputGradient::BehindSwiGlu { d: &d, y: &mut y });
+                assert!(behind == apart, "{what}: gradients");
+            });
         }
     }
 }

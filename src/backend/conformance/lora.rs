@@ -121,7 +121,7 @@ fn room<B: Harness>(b: &B, shape: LoraShape) -> B::Workspace {
     let sequences = Sequences { batch: 1, length: rows };
     let shape = WorkspaceShape {
         linears: &[LinearShape { rows, inputs, outputs }],
-        norm: NormShape { rows, channels: 8, epsilon: 0.0 },
+        norm: NormShape { rows, channels: 8, epsilon: 0.0, kind: NormKind::Layer },
         attention: AttentionShape {
             sequences,
             heads: 1,

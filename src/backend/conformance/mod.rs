@@ -21,6 +21,7 @@ mod merge;
 mod muon;
 mod norm;
 mod optimize;
+mod rotary;
 mod select;
 
 pub(in crate::backend) use linear::linear_layers_follow_their_recipes;
@@ -121,12 +122,13 @@ suite! {
     merge: channels_are_merged_by_their_hashes;
     select: gathered_rows_are_those_of_the_definition scattered_rows_leave_the_others
         sums_are_in_the_kept_rows;
-    norm: layernorm_forward add_layernorm_forward layernorm_backward;
+    norm: norm_forward add_norm_forward norm_backward;
+    rotary: tables_are_of_positions pairs_turn_and_turn_back norms_of_heads;
     linear: linear_layers_follow_their_recipes linear_layers_with_gelu operands_turned_ahead
-        nan_poisons_the_products_that_it_enters gelu;
+        nan_poisons_the_products_that_it_enters gelu swiglu layers_with_swiglu;
     lora: adapters;
-    attend: attention attention_of_documents documents_do_not_see_each_other;
-    decode: few_rows_are_those_of_a_layer attention_in_pieces embedding_behind;
+    attend: attention attention_of_documents attention_of_shared_heads documents_do_not_see_each_other;
+    decode: few_rows_are_those_of_a_layer few_rows_with_swiglu attention_in_pieces embedding_behind;
     head: classifier classifier_of_host a_loss_that_fails worst_losses the_worst_loss_of_five_logits
         logits;
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset
@@ -309,7 +311,7 @@ pub(in crate::backend) fn workspace<B: Harness>(
     let packed = DecoderWeights::ALL.map(|weights| linears.map(|layer| (layer, weights))).concat();
     let shape = WorkspaceShape {
         linears: &linears,
-        norm: NormShape { rows, channels, epsilon: 0.0 },
+        norm: NormShape { rows, channels, epsilon: 0.0, kind: NormKind::Layer },
         attention: AttentionShape {
             sequences,
             heads,

@@ -7,17 +7,18 @@ use super::attend::pieces;
 use super::disjoint::DisjointSlice;
 use super::isa::simd_fn;
 use super::{Buffer, Cpu, rows_per_job};
-use crate::backend::{Documents, Embed, EmbeddingGradients, EmbeddingShape};
+use crate::backend::{Documents, Embed, EmbeddingGradients, EmbeddingShape, Sequences};
 
 impl Cpu {
-    /// out (rows, C) = the tokens of wte (V, C) and what `position` gives of a row.
+    /// out (rows, C) = the tokens of wte (V, C) and, where there is one, what `position` gives of a
+    /// row.
     pub(super) fn embed_rows<'a>(
         &self,
         out: &mut Buffer<f32>,
         tokens: &Buffer<u32>,
         wte: &[f32],
         (rows, channels): (usize, usize),
-        position: impl Fn(usize) -> &'a [f32] + Sync,
+        position: Option<impl Fn(usize) -> &'a [f32] + Sync>,
     ) {
         let out = &mut out[..rows * channels];
         let per_job = rows_per_job(channels);
@@ -26,11 +27,29 @@ impl Cpu {
                 for (i, out) in out.chunks_exact_mut(channels).enumerate() {
                     let row = job * per_job + i;
                     let token = &wte[tokens[row] as usize * channels..][..channels];
-                    add_rows(self.isa(), out, token, position(row));
+                    match &position {
+                        Some(position) => add_rows(self.isa(), out, token, position(row)),
+                        None => out.copy_from_slice(token),
+                    }
                 }
             });
         });
     }
+}
+
+/// The position of a row of whole sequences, counted from where its document begins.
+pub(super) fn position_of(
+    documents: Option<Documents<'_, Cpu>>,
+    sequences: Sequences,
+    row: usize,
+) -> usize {
+    let start = documents.map_or(0, |starts| starts[row] as usize);
+    (row % sequences.length).saturating_sub(start)
+}
+
+/// The position of a row behind others, of which `starts` has one, or one for each.
+pub(super) fn position_behind(starts: &[usize], row: usize) -> usize {
+    starts.get(row).copied().unwrap_or(starts[0] + row)
 }
 
 impl Embed for Cpu {
@@ -40,13 +59,13 @@ impl Embed for Cpu {
         tokens: &Buffer<u32>,
         documents: Option<Documents<'_, Self>>,
         wte: &[f32],
-        wpe: &[f32],
+        wpe: Option<&[f32]>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        self.embed_rows(out, tokens, wte, (sequences.rows(), channels), |row| {
-            let start = documents.map_or(0, |starts| starts[row] as usize);
-            &wpe[(row % sequences.length).saturating_sub(start) * channels..][..channels]
+        let position = wpe.map(|wpe| {
+            move |row| &wpe[position_of(documents, sequences, row) * channels..][..channels]
         });
+        self.embed_rows(out, tokens, wte, (sequences.rows(), channels), position);
     }
 
     fn embedding_backward(

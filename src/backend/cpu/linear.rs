@@ -12,7 +12,7 @@ use super::isa::{Isa, simd_fn};
 use super::quantize::{Source, conversion, packs_at_once, scale_result};
 use super::restore::restore;
 use super::workspace::{ScratchSize, Workspace};
-use super::{Buffer, Cpu, JOB_ELEMENTS, gelu};
+use super::{Buffer, Cpu, JOB_ELEMENTS, gelu, swiglu};
 use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
     OutputGradient, Part, WorkspaceShape,
@@ -100,11 +100,9 @@ impl Linear for Cpu {
         let (gemm, forward) = (recipe.forward(), recipe.forward().b());
         let (id, means, sums) = (GemmId::Dgrad, means_of(mean), false);
         let of = For { gemm, id, forward, means, random: &Random::NONE, sums, restored: None };
-        let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
+        let out = Output { c: y, stride: outputs, alpha: 1.0, bias: b, accumulate: false };
         self.multiply(workspace, operands, of, out);
-        if let Epilogue::Gelu { out, form } = epilogue {
-            self.gelu_forward(out, y, rows * outputs, form);
-        }
+        self.end_linear(y, epilogue, rows, outputs);
     }
 
     fn linear_backward(
@@ -122,6 +120,10 @@ impl Linear for Cpu {
             OutputGradient::BehindGelu { d, y, form } => {
                 self.gelu_backward(d, y, rows * outputs, form);
                 &*d
+            }
+            OutputGradient::BehindSwiGlu { d, y } => {
+                self.swiglu_backward(y, d, rows, outputs / 2);
+                &*y
             }
         };
         let (dy, x) = (&dy[..rows * outputs], &x[..rows * inputs]);
@@ -185,6 +187,14 @@ impl Linear for Cpu {
     fn gelu_backward(&self, d: &mut Buffer<f32>, x: &Buffer<f32>, len: usize, form: Activation) {
         gelu::backward(self, &mut d[..len], &x[..len], form);
     }
+
+    fn swiglu_forward(&self, out: &mut Buffer<f32>, y: &Buffer<f32>, rows: usize, m: usize) {
+        swiglu::forward(self, &mut out[..rows * m], &y[..2 * rows * m], m);
+    }
+
+    fn swiglu_backward(&self, y: &mut Buffer<f32>, d: &Buffer<f32>, rows: usize, m: usize) {
+        swiglu::backward(self, &mut y[..2 * rows * m], &d[..rows * m], m);
+    }
 }
 
 /// What a GEMM is computed for.
@@ -205,6 +215,21 @@ struct For<'a> {
 }
 
 impl Cpu {
+    /// What y (rows, outputs) passes through behind its layer.
+    pub(super) fn end_linear(
+        &self,
+        y: &Buffer<f32>,
+        epilogue: Epilogue<'_, Self>,
+        rows: usize,
+        outputs: usize,
+    ) {
+        match epilogue {
+            Epilogue::None => {}
+            Epilogue::Gelu { out, form } => self.gelu_forward(out, y, rows * outputs, form),
+            Epilogue::SwiGlu { out } => self.swiglu_forward(out, y, rows, outputs / 2),
+        }
+    }
+
     /// A GEMM of two operands by its recipe.
     fn multiply(
         &self,

@@ -1,4 +1,4 @@
-//! exp and GELU without branches, so that loops over them become vector code.
+//! exp, GELU and SiLU without branches, so that loops over them become vector code.
 //!
 //! Sums and products only, never fused: the same bits on every instruction set.
 
@@ -68,6 +68,23 @@ pub(super) fn exact_gelu_derivative(x: f32) -> f32 {
     const DENSITY: f32 = 0.398_942_3; // 1 / sqrt(2 pi)
     let (p, e) = normal(x);
     p + DENSITY * x * e
+}
+
+/// SiLU, x / (1 + e^-x).
+#[inline(always)]
+pub(super) fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// The derivative of [`silu`]: s + x s (1 - s), with s = 1 / (1 + e^-x).
+///
+/// NOTE: e s in the place of 1 - s, which would cancel. Where e overflows the clamp of `exp`, s is
+/// so small that both terms are 0 to f32.
+#[inline(always)]
+pub(super) fn silu_derivative(x: f32) -> f32 {
+    let e = exp(-x);
+    let s = 1.0 / (1.0 + e);
+    s + x * s * (e * s)
 }
 
 /// The probability that a normal number is less than x, to 2e-7, and e^(-x^2 / 2).
@@ -212,6 +229,19 @@ mod tests {
             assert!((f64::from(gelu(x as f32)) - g(x)).abs() < 1e-6);
             assert!((f64::from(gelu_derivative(x as f32)) - slope).abs() < 1e-6, "{x}");
         }
+    }
+
+    #[test]
+    fn silu_and_its_slope_are_those_of_the_definition() {
+        let silu_of = |x: f64| x / (1.0 + (-x).exp());
+        for x in (-20_000..=20_000).map(|i| i as f32 * 5e-3).chain([1e30, -1e30, -0.0]) {
+            let (wide, bound) = (f64::from(x), f64::from(x.abs().max(1.0)) * 3e-7);
+            assert!((f64::from(silu(x)) - silu_of(wide)).abs() <= bound, "{x}");
+            let h = 1e-5 * wide.abs().max(1.0);
+            let slope = (silu_of(wide + h) - silu_of(wide - h)) / (2.0 * h);
+            assert!((f64::from(silu_derivative(x)) - slope).abs() < 1e-6, "{x}");
+        }
+        assert!(silu(f32::NAN).is_nan() && silu_derivative(f32::NAN).is_nan());
     }
 
     /// To the error of f32 relative to 1 or x, and no NaN that no NaN made.

@@ -29,7 +29,9 @@ mod optimize;
 mod quantize;
 mod ramping;
 mod restore;
+mod rotary;
 mod select;
+mod swiglu;
 #[cfg(test)]
 mod tests;
 mod workers;

@@ -14,15 +14,20 @@ use crate::backend::{Attend, AttentionBackward, AttentionShape, Documents, Preci
 pub(super) struct Heads {
     length: u32,
     heads: u32,
+    kv_heads: u32,
+    per_kv_head: u32,
     head_size: u32,
     score_factor: f32,
 }
 
 impl From<AttentionShape> for Heads {
     fn from(shape: AttentionShape) -> Self {
-        let [length, heads, head_size] =
-            [shape.sequences.length, shape.heads, shape.head_size].map(|n| n as u32);
-        Self { length, heads, head_size, score_factor: shape.score_factor }
+        let [length, heads, kv_heads] =
+            [shape.sequences.length, shape.heads, shape.kv_heads].map(|n| n as u32);
+        let [per_kv_head, head_size] =
+            [shape.heads_per_kv_head(), shape.head_size].map(|n| n as u32);
+        let score_factor = shape.score_factor;
+        Self { length, heads, kv_heads, per_kv_head, head_size, score_factor }
     }
 }
 
@@ -105,9 +110,9 @@ fn flash(gpu: &Gpu, qkv: &Tensor, shape: AttentionShape) -> Option<&'static Flas
     kernels.iter().find(|flash| taken && shape.head_size <= flash.width)
 }
 
-/// One block for so many rows of every head of every sequence.
-fn grid(shape: AttentionShape, rows: usize) -> [usize; 3] {
-    [shape.sequences.length.div_ceil(rows), shape.heads, shape.sequences.batch]
+/// One block for so many rows of each of these heads of every sequence.
+fn grid(shape: AttentionShape, heads: usize, rows: usize) -> [usize; 3] {
+    [shape.sequences.length.div_ceil(rows), heads, shape.sequences.batch]
 }
 
 impl Attend for Cuda {
@@ -126,7 +131,7 @@ impl Attend for Cuda {
         let Kernel([name, packed], rows, block, shared) =
             *flash(&self.gpu, qkv, shape).map_or(&plain, |flash| &flash.forward);
         let mut out = out.write();
-        let (amax, grid) = (out.amax(), grid(shape, rows));
+        let (amax, grid) = (out.amax(), grid(shape, shape.heads, rows));
         match documents {
             None => {
                 launch!(self.gpu, name, grid, block, shared;
@@ -161,8 +166,11 @@ impl Attend for Cuda {
             flash(&self.gpu, qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
         let mut dqkv = dqkv.write();
         let amax = dqkv.amax();
-        for Kernel([name, packed], rows, block, shared) in kernels {
-            let grid = grid(shape, *rows);
+        let heads_of = [shape.kv_heads, shape.heads];
+        for (Kernel([name, packed], rows, block, shared), heads_of) in
+            kernels.into_iter().zip(heads_of)
+        {
+            let grid = grid(shape, heads_of, *rows);
             match documents {
                 None => {
                     launch!(self.gpu, name, grid, *block, *shared;

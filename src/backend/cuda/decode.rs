@@ -10,7 +10,8 @@ use super::attend::Heads;
 use super::device::launch;
 use super::device::memory::{Arena, F32, Param, Piece, Tensor};
 use super::embed::Tokens;
-use super::{Cuda, Workspace, kernel};
+use super::rotary::Places;
+use super::{Cuda, Workspace, kernel, rotary, swiglu};
 use crate::backend::{
     Activation, AttentionShape, Decode, DecoderWeights, EmbeddingShape, Epilogue, HeadShape,
     LinearForward, LinearShape, Memory, OfSequence, Precision,
@@ -242,7 +243,12 @@ pub(super) fn attention_on_tensor_cores(head_size: usize) -> Option<(&'static st
 
 /// The grid of what keeps rows, [`TILE`] of them and of channels a block.
 pub(super) fn keep_grid(rows: usize, shape: AttentionShape) -> [usize; 3] {
-    [rows.div_ceil(TILE), shape.heads * shape.head_size.div_ceil(TILE), 1]
+    [rows.div_ceil(TILE), shape.kv_heads * shape.head_size.div_ceil(TILE), 1]
+}
+
+/// Channels of keys, and of values.
+fn kept_channels(shape: AttentionShape) -> usize {
+    shape.kv_heads * shape.head_size
 }
 
 /// Positions that there is room for, in whole blocks of keys.
@@ -365,13 +371,13 @@ impl Decode for Cuda {
     fn packed_forward(
         &self,
         workspace: &mut Workspace,
-        LinearForward { y, x, w, b, epilogue, .. }: LinearForward<'_, Self>,
+        LinearForward { y, x, w, b, mut epilogue, .. }: LinearForward<'_, Self>,
         packed: &Packed,
         shape: LinearShape,
     ) {
-        let bias = b.as_read_in(x.precision);
-        let (activated, form) = match epilogue {
-            Epilogue::None => (0, 0),
+        let bias = b.map_or(0, |b| b.as_read_in(x.precision));
+        let (activated, form) = match &mut epilogue {
+            Epilogue::None | Epilogue::SwiGlu { .. } => (0, 0),
             Epilogue::Gelu { out, form: Activation::GeluTanh } => (out.write().address, 1),
             Epilogue::Gelu { out, form: Activation::Gelu } => (out.write().address, 2),
         };
@@ -384,6 +390,10 @@ impl Decode for Cuda {
             ..FewRows::default()
         };
         self.few_rows(workspace, (to, false), x, (&w, packed), shape);
+        // NOTE: gate and up of a channel are far apart in y, so that no block has both.
+        if let Epilogue::SwiGlu { out } = epilogue {
+            swiglu::forward(self, out, y, shape.rows, shape.outputs / 2);
+        }
     }
 
     fn packed_logits(
@@ -418,20 +428,33 @@ impl Decode for Cuda {
         out: &mut Tensor,
         (tokens, starts): (&Tokens, &[usize]),
         wte: Param<'_>,
-        wpe: Param<'_>,
+        wpe: Option<Param<'_>>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
         // Every pass begins here.
         out.begin_pass(&self.gpu);
         let rows = sequences.rows();
-        let [wte, wpe] = [wte, wpe].map(|table| table.as_read_in(out.precision));
+        let wte = wte.as_read_in(out.precision);
+        let wpe = wpe.map_or(0, |wpe| wpe.as_read_in(out.precision));
         launch!(self.gpu, kernel!(out, "embed_rows"), [rows, 1, 1], 128, 0;
             out.write().address, tokens.ids(), starts_of(tokens, rows), wte, wpe, channels as u32,
             u32::from(starts.len() > 1));
     }
 
+    fn rotations_behind(
+        &self,
+        table: &mut Tensor,
+        frequencies: &[f32],
+        (tokens, starts): (&Tokens, &[usize]),
+        AttentionShape { sequences, .. }: AttentionShape,
+    ) {
+        let rows = sequences.rows();
+        let places = Places::Behind { starts: starts_of(tokens, rows), of_each: starts.len() > 1 };
+        rotary::find(self, table, frequencies, rows, places);
+    }
+
     fn kept(&self, arena: &mut Arena, positions: usize, shape: AttentionShape) -> Tensor {
-        arena.tensor(2 * whole_positions(positions) * shape.channels(), shape.precision)
+        arena.tensor(2 * whole_positions(positions) * kept_channels(shape), shape.precision)
     }
 
     fn copy_kept(&self, from: &Tensor, to: &mut Tensor) {
@@ -450,7 +473,7 @@ impl Decode for Cuda {
         let rows = shape.sequences.length;
         assert!(shape.sequences.batch == 1, "rows are of one sequence");
         // As it was made, for so many positions.
-        let positions = kept.len / (2 * shape.channels());
+        let positions = kept.len / (2 * kept_channels(shape));
         assert!(start + rows <= positions, "there is room for rows");
         let on_tensor_cores = Some(qkv.precision)
             .filter(|precision| *precision == Precision::Bf16)

@@ -103,13 +103,14 @@ impl Embed for Cuda {
         tokens: &Tokens,
         documents: Option<Documents<'_, Self>>,
         wte: Param<'_>,
-        wpe: Param<'_>,
+        wpe: Option<Param<'_>>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
         // Every pass begins here.
         out.begin_pass(&self.gpu);
         let rows = sequences.rows();
-        let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
+        let wte = wte.as_read_in(out.precision);
+        let wpe = wpe.map_or(0, |wpe| wpe.as_read_in(out.precision));
         launch!(self.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
             out.write().address, tokens.ids(), wte, wpe, documents.map_or(0, Tokens::ids),
             sequences.length as u32, channels as u32);

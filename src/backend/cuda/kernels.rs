@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 34] = [
+pub(super) static FILES: [File; 36] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             scale_gradients<T> copy_to_bf16 split_master join_master")
@@ -108,7 +108,7 @@ pub(super) static FILES: [File; 34] = [
     file!("merge", ["random.cuh"], |_| {
         of("draw_projections hash_channels<T> link_channels average_channels<T>")
     }),
-    file!("norm", ["groups.cuh"], |_| of("normalize<T,B> layernorm_backward<T>")),
+    file!("norm", ["groups.cuh"], |_| of("normalize<T,B,B> norm_backward<T,B>")),
     file!("normal", ["random.cuh"], |_| of("fill_normal")),
     file!("outliers", [], |_| of("find_bounds<T>")),
     file!("product_sm120", [], |chip| match chip {
@@ -130,8 +130,11 @@ pub(super) static FILES: [File; 34] = [
     }),
     file!(
         "quantize_fp8_groups",
-        ["random.cuh", "quantize.cuh", "quantize_fp8.cuh", "gelu.cuh"],
-        |chip| of_fp8(chip, "<64", "quantize_fp8_behind_gelu<64,B,B>")
+        ["random.cuh", "quantize.cuh", "quantize_fp8.cuh", "gelu.cuh", "swiglu.cuh"],
+        |chip| {
+            let behind = "quantize_fp8_behind<64,Gelu,B,B> quantize_fp8_behind<64,SwiGlu,B,B>";
+            of_fp8(chip, "<64", behind)
+        }
     ),
     file!("quantize_nvfp4", ["random.cuh", "numbers.cuh", "values.cuh", "nvfp4.cuh"], |_| {
         of("find_nvfp4_amax<T,B> round_nvfp4<T,B,TO_NEAREST> round_nvfp4<T,B,UNBIASED> \
@@ -144,10 +147,16 @@ pub(super) static FILES: [File; 34] = [
         of("keep_nvfp4<T> requantize_nvfp4<T,TO_NEAREST> requantize_nvfp4<T,UNBIASED>")
     }),
     file!("restore", ["deviation.cuh"], |_| of("restore<T>")),
+    file!("rotary", [], |_| {
+        of("find_rotations rotate<T,B> norm_heads<T> norm_heads_backward<T>")
+    }),
     file!("select", ["random.cuh", "groups.cuh"], |_| {
         of("select_positions gather_rows<T> scatter_rows<T> scatter_sum<T>")
     }),
     file!("sums", [], |_| of("bias_gradient<T> add_partials")),
+    file!("swiglu", ["groups.cuh", "swiglu.cuh"], |_| {
+        of("swiglu_forward<T> swiglu_backward<T> sample_swiglu_gradient")
+    }),
 ];
 
 /// The first chips with FP8 numbers.
@@ -265,7 +274,7 @@ mod tests {
     }
 
     /// Without a GPU nobody would notice that a launch names a kernel that nobody compiles. Those
-    /// that quantize are named by `Quantization::kernel`, `BehindGelu::kernel`, `Keeping::kernel`
+    /// that quantize are named by `Quantization::kernel`, `Behind::kernel`, `Keeping::kernel`
     /// and `values::Quantization::kernels`, by which the emulator's tests ask for them.
     #[test]
     fn every_kernel_that_is_launched_is_listed() {
@@ -282,7 +291,9 @@ mod tests {
             include_str!("merge.rs"),
             include_str!("muon.rs"),
             include_str!("norm.rs"),
+            include_str!("rotary.rs"),
             include_str!("select.rs"),
+            include_str!("swiglu.rs"),
             include_str!("quantize/carrier.rs"),
             include_str!("quantize/fp8.rs"),
             include_str!("quantize/sums.rs"),

@@ -5,8 +5,8 @@ use super::device::memory::{Arena, Param, Piece, Tensor};
 use super::quantize::carrier::Carrier;
 use super::quantize::random::Drawn;
 use super::quantize::values::{self, Matrix, Of};
-use super::quantize::{BehindGelu, Kept, Quantization, Source, Target, fp8, power_rule, sums};
-use super::{Cuda, Workspace, gelu, kernel};
+use super::quantize::{Behind, Kept, Made, Quantization, Source, Target, fp8, power_rule, sums};
+use super::{Cuda, Workspace, gelu, kernel, swiglu};
 use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
     OutputGradient,
@@ -58,10 +58,10 @@ impl Linear for Cuda {
         let LinearShape { rows, inputs, outputs } = shape;
         let carrier = values::carrier_of_mxfp4(self.gpu.capability, shape);
         match Of::Forward.gemm(recipe, carrier) {
-            None => self.forward_product(workspace, y, (x, &w, &b, turned), shape, recipe),
+            None => self.forward_product(workspace, y, (x, &w, b.as_ref(), turned), shape, recipe),
             Some(gemm) => {
                 let precision = x.precision;
-                let bias = Some(b.as_read_in(precision));
+                let bias = b.as_ref().map(|b| b.as_read_in(precision));
                 let to = values::Output {
                     address: y.write().address,
                     precision,
@@ -79,8 +79,10 @@ impl Linear for Cuda {
         // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that
         // gains 0.4 and 0.5 ms of a 63 ms step (its kernels with these epilogues are slower), and
         // its bits are not those of our kernel, which recomputing needs.
-        if let Epilogue::Gelu { out, form } = epilogue {
-            self.gelu_forward(out, y, rows * outputs, form);
+        match epilogue {
+            Epilogue::None => {}
+            Epilogue::Gelu { out, form } => self.gelu_forward(out, y, rows * outputs, form),
+            Epilogue::SwiGlu { out } => self.swiglu_forward(out, y, rows, outputs / 2),
         }
     }
 
@@ -105,17 +107,22 @@ impl Linear for Cuda {
         let both = for_dgrad.filter(|gemm| carrier != Carrier::Bf16 && gemm.group() <= 64);
         let both = both.zip(for_wgrad).filter(|(first, second)| first.a() == second.a());
         let both = both.map(|(gemm, _)| gemm).filter(|_| dw.is_some());
+        let fuses = carrier == Carrier::Fp8 && both.is_some_and(|gemm| Behind::takes(gemm.a()));
+        // Where the kernels that quantize make it, what it is made of.
         let (dy, pre) = match dy {
             OutputGradient::Whole(dy) => (dy, None),
-            OutputGradient::BehindGelu { d, y: pre, form } => {
-                // The kernels that quantize know the tanh form alone.
-                let fused = form == Activation::GeluTanh
-                    && carrier == Carrier::Fp8
-                    && both.is_some_and(|gemm| BehindGelu::takes(gemm.a()));
-                if !fused {
-                    self.gelu_backward(d, pre, rows * outputs, form);
-                }
-                (&*d, fused.then_some(pre))
+            // They know the tanh form alone.
+            OutputGradient::BehindGelu { d, y, form: Activation::GeluTanh } if fuses => {
+                (&*d, Some((Made::Gelu, y)))
+            }
+            OutputGradient::BehindGelu { d, y, form } => {
+                self.gelu_backward(d, y, rows * outputs, form);
+                (&*d, None)
+            }
+            OutputGradient::BehindSwiGlu { d, y } if fuses => (d, Some((Made::SwiGlu, &*y))),
+            OutputGradient::BehindSwiGlu { d, y } => {
+                self.swiglu_backward(y, d, rows, outputs / 2);
+                (&*y, None)
             }
         };
         let precision = dy.precision;
@@ -164,12 +171,12 @@ impl Linear for Cuda {
             // NOTE: on an H100, (16384, 4096) take 119 us; the forms by themselves take 74 and 77.
             match pre {
                 None => both.run(self),
-                Some(pre) => {
-                    let attempt = dy.zeroed_words(BehindGelu::WORDS).unwrap_or_else(|| {
-                        self.clear(workspace.attempt.address, 4 * BehindGelu::WORDS as usize);
+                Some((made, pre)) => {
+                    let attempt = dy.zeroed_words(Behind::WORDS).unwrap_or_else(|| {
+                        self.clear(workspace.attempt.address, 4 * Behind::WORDS as usize);
                         workspace.attempt.address
                     });
-                    BehindGelu { both, pre: pre.address(), attempt }.run(self)
+                    Behind { made, both, pre: pre.address(), attempt }.run(self)
                 }
             }
         });
@@ -318,6 +325,14 @@ impl Linear for Cuda {
         };
         gelu::of_all(self, name, d, x, len);
     }
+
+    fn swiglu_forward(&self, out: &mut Tensor, y: &Tensor, rows: usize, m: usize) {
+        swiglu::forward(self, out, y, rows, m);
+    }
+
+    fn swiglu_backward(&self, y: &mut Tensor, d: &Tensor, rows: usize, m: usize) {
+        swiglu::backward(self, y, d, rows, m);
+    }
 }
 
 impl Cuda {
@@ -326,7 +341,7 @@ impl Cuda {
         &self,
         workspace: &Workspace,
         y: &mut Tensor,
-        (x, w, b, turned): (&Tensor, &Param<'_>, &Param<'_>, Option<&mut Turned>),
+        (x, w, b, turned): (&Tensor, &Param<'_>, Option<&Param<'_>>, Option<&mut Turned>),
         shape: LinearShape,
         recipe: &LinearRecipe,
     ) {
@@ -408,7 +423,7 @@ impl Cuda {
         let sizes = [rows, outputs, depth];
         let product = Product {
             operands,
-            bias: Some(b.as_read_in(precision)),
+            bias: b.map(|b| b.as_read_in(precision)),
             scales,
             alpha: recipe.forward().alpha(),
             ..Product::new(precision.into(), sizes, left, right, y.write().address)

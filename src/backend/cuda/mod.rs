@@ -31,8 +31,10 @@ mod muon;
 mod norm;
 mod optimize;
 mod quantize;
+mod rotary;
 mod select;
 mod step;
+mod swiglu;
 #[cfg(test)]
 mod tests;
 mod workspace;
@@ -124,14 +126,7 @@ impl Backend for Cuda {
     type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
-        let super::AttentionShape { heads, kv_heads, head_size, .. } = shape.attention;
-        if kv_heads != heads {
-            return Err(Error::Unsupported {
-                what: format!("attention with {kv_heads} kv heads for {heads} heads on a GPU"),
-                remedy: "use as many kv heads as heads, or device cpu".into(),
-            });
-        }
-        let most = attend::MAX_HEAD_SIZE;
+        let (head_size, most) = (shape.attention.head_size, attend::MAX_HEAD_SIZE);
         if head_size > most {
             return Err(Error::Unsupported {
                 what: format!("attention with {head_size} channels a head on a GPU"),

@@ -1,10 +1,12 @@
-//! LayerNorm and its backward pass.
+//! LayerNorm and RMSNorm, and their backward passes.
 
 use super::device::launch;
 use super::device::memory::{F32, Tensor};
 use super::quantize::sums;
 use super::{Cuda, Workspace, kernel};
-use crate::backend::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
+use crate::backend::{
+    Norm, NormBackward, NormKind, NormParams, NormShape, NormStatistics, ResidualSum,
+};
 
 /// Threads of a block; a warp takes a row.
 const THREADS: usize = 256;
@@ -18,20 +20,21 @@ pub(super) fn partials(channels: usize) -> usize {
 }
 
 /// `Normalize` of the kernels.
+#[derive(Clone, Copy)]
 #[repr(C)]
-struct Normalize {
-    out: u64,
-    sum: u64,
-    amax: u64,
-    mean: u64,
-    rstd: u64,
-    x: u64,
-    y: u64,
-    w: u64,
-    b: u64,
-    rows: u32,
-    channels: u32,
-    epsilon: f32,
+pub(super) struct Normalize {
+    pub(super) out: u64,
+    pub(super) sum: u64,
+    pub(super) amax: u64,
+    pub(super) mean: u64,
+    pub(super) rstd: u64,
+    pub(super) x: u64,
+    pub(super) y: u64,
+    pub(super) w: u64,
+    pub(super) b: u64,
+    pub(super) rows: u32,
+    pub(super) channels: u32,
+    pub(super) epsilon: f32,
 }
 
 impl Normalize {
@@ -41,9 +44,10 @@ impl Normalize {
         statistics: NormStatistics<&mut F32>,
         x: &Tensor,
         NormParams { w, b }: NormParams<'_, Cuda>,
-        NormShape { rows, channels, epsilon }: NormShape,
+        NormShape { rows, channels, epsilon, .. }: NormShape,
     ) -> Self {
-        let [w, b] = [w, b].map(|param| param.as_read_in(x.precision));
+        let w = w.as_read_in(x.precision);
+        let b = b.map_or(0, |b| b.as_read_in(x.precision));
         let [rows, channels] = [rows, channels].map(|n| n as u32);
         let [mean, rstd] = [statistics.mean.address(), statistics.rstd.address()];
         let (mut out, x) = (out.write(), x.address());
@@ -53,18 +57,19 @@ impl Normalize {
 }
 
 /// `Backward` of the kernels.
+#[derive(Clone, Copy)]
 #[repr(C)]
-struct Backward {
-    dx: u64,
-    amax: u64,
-    partial: u64,
-    dy: u64,
-    x: u64,
-    mean: u64,
-    rstd: u64,
-    w: u64,
-    rows: u32,
-    channels: u32,
+pub(super) struct Backward {
+    pub(super) dx: u64,
+    pub(super) amax: u64,
+    pub(super) partial: u64,
+    pub(super) dy: u64,
+    pub(super) x: u64,
+    pub(super) mean: u64,
+    pub(super) rstd: u64,
+    pub(super) w: u64,
+    pub(super) rows: u32,
+    pub(super) channels: u32,
 }
 
 fn grid(rows: usize) -> [usize; 3] {
@@ -72,7 +77,7 @@ fn grid(rows: usize) -> [usize; 3] {
 }
 
 impl Norm for Cuda {
-    fn layernorm_forward(
+    fn norm_forward(
         &self,
         out: &mut Tensor,
         statistics: NormStatistics<&mut F32>,
@@ -81,10 +86,14 @@ impl Norm for Cuda {
         shape: NormShape,
     ) {
         let of_x = Normalize::new(out, statistics, x, params, shape);
-        launch!(self.gpu, kernel!(x, "normalize", false), grid(shape.rows), THREADS, 0; of_x);
+        let name = match shape.kind {
+            NormKind::Layer => kernel!(x, "normalize", false, false),
+            NormKind::Rms => kernel!(x, "normalize", false, true),
+        };
+        launch!(self.gpu, name, grid(shape.rows), THREADS, 0; of_x);
     }
 
-    fn add_layernorm_forward(
+    fn add_norm_forward(
         &self,
         out: &mut Tensor,
         statistics: NormStatistics<&mut F32>,
@@ -94,14 +103,18 @@ impl Norm for Cuda {
     ) {
         let of_x = Normalize::new(out, statistics, x, params, shape);
         let of_sum = Normalize { sum: sum.write().address, y: y.address(), ..of_x };
-        launch!(self.gpu, kernel!(x, "normalize", true), grid(shape.rows), THREADS, 0; of_sum);
+        let name = match shape.kind {
+            NormKind::Layer => kernel!(x, "normalize", true, false),
+            NormKind::Rms => kernel!(x, "normalize", true, true),
+        };
+        launch!(self.gpu, name, grid(shape.rows), THREADS, 0; of_sum);
     }
 
-    fn layernorm_backward(
+    fn norm_backward(
         &self,
         workspace: &mut Workspace,
         operands: NormBackward<'_, Self>,
-        NormShape { rows, channels, .. }: NormShape,
+        NormShape { rows, channels, kind, .. }: NormShape,
     ) {
         let NormBackward { dx, dw, db, dy, x, statistics, w, accumulate } = operands;
         let partials = workspace.partials.address;
@@ -120,9 +133,20 @@ impl Norm for Cuda {
             rows: rows as u32,
             channels: channels as u32,
         };
-        let (name, shared) = (kernel!(x, "layernorm_backward"), 8 * channels);
-        launch!(self.gpu, name, [parts, 1, 1], THREADS, shared; arguments);
-        // A part holds C sums for dw, then C for db.
-        sums::add_pairs(self, [dw, db], partials, parts, channels, accumulate);
+        let (name, floats) = match kind {
+            NormKind::Layer => (kernel!(x, "norm_backward", false), 2 * channels),
+            NormKind::Rms => (kernel!(x, "norm_backward", true), channels),
+        };
+        launch!(self.gpu, name, [parts, 1, 1], THREADS, 4 * floats; arguments);
+        // A part holds C sums for dw, then of LayerNorm C for db.
+        match (kind, dw) {
+            (NormKind::Layer, dw) => {
+                sums::add_pairs(self, [dw, db], partials, parts, channels, accumulate);
+            }
+            (NormKind::Rms, Some(mut dw)) => {
+                sums::add_partials(self, &mut dw, partials, parts, channels, accumulate);
+            }
+            (NormKind::Rms, None) => {}
+        }
     }
 }

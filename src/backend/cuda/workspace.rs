@@ -4,8 +4,8 @@ use super::decode::Few;
 use super::device::gemm;
 use super::device::memory::{Arena, Piece};
 use super::quantize::carrier::Carrier;
-use super::quantize::{BehindGelu, Target, sums, values};
-use super::{head, merge, norm};
+use super::quantize::{Behind, Target, sums, values};
+use super::{head, merge, norm, rotary};
 use crate::backend::{HeadShape, LinearShape, WorkspaceShape};
 use crate::formats::{BLOCK, Format, Gemm};
 
@@ -42,7 +42,7 @@ pub(crate) struct Workspace {
     pub(super) dy_amax: Piece,
     pub(super) x_amax: Piece,
     pub(super) kept_amax: Piece,
-    /// [`BehindGelu::attempt`], where no zeroed words are left.
+    /// [`Behind::attempt`], where no zeroed words are left.
     pub(super) attempt: Piece,
     /// Of products whose operands are made as numbers.
     pub(super) values: values::Room,
@@ -74,7 +74,8 @@ impl Workspace {
         let logits = (chunk * head::stride(vocab_size)).max(channels) * precision.size();
         let most = |of: fn(&LinearShape) -> usize| linears.iter().map(of).max().unwrap_or(0);
         let partials = most(|layer| sums::partials(layer.rows, layer.outputs));
-        let partials = norm::partials(norm.channels).max(partials) * usize::from(training);
+        let of_norms = norm::partials(norm.channels).max(rotary::partials(attention.head_size));
+        let partials = of_norms.max(partials) * usize::from(training);
 
         let fp8 = recipes.iter().any(|recipe| recipe.forward().is_in(Format::E4M3));
         let carrier = Carrier::best(Format::MXFP4, arena.capability());
@@ -138,7 +139,7 @@ impl Workspace {
             dy_amax: arena.bytes(4),
             x_amax: arena.bytes(4),
             kept_amax: arena.bytes(4),
-            attempt: arena.bytes(4 * BehindGelu::WORDS as usize),
+            attempt: arena.bytes(4 * Behind::WORDS as usize),
             clamped: arena.bytes(4),
             values: values.cut(arena),
             low: arena.bytes(low),

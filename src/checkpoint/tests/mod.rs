@@ -39,7 +39,9 @@ fn load_weights(
     tensors: &[TensorInfo],
     write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
-    Checkpoint::open(dir)?.weights(tensors, write)
+    let tied_head = !tensors.iter().any(|tensor| tensor.name == HEAD);
+    let config = ModelConfig { tied_head, ..ModelConfig::default() };
+    Checkpoint::open(dir)?.weights(&config, tensors, write)
 }
 
 fn load_state(dir: &Path) -> Result<TrainerState> {
@@ -166,7 +168,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn load_model(checkpoint: &Checkpoint) -> Result<(ModelConfig, Vec<Vec<u32>>)> {
     let (config, _) = checkpoint.config()?;
     let mut weights = Vec::new();
-    checkpoint.weights(&infos(&config), &mut |index, values| {
+    checkpoint.weights(&config, &infos(&config), &mut |index, values| {
         assert_eq!(index, weights.len());
         weights.push(bits(values));
         Ok(())

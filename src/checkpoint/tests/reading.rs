@@ -87,7 +87,7 @@ fn a_file_that_is_cut_while_it_is_read_is_an_error() {
             Ok(())
         };
         let result = match index {
-            1 => checkpoint.weights(&infos, &mut |_, _| write()),
+            1 => checkpoint.weights(&config, &infos, &mut |_, _| write()),
             _ => checkpoint.states(&kept(&state(1).options, &infos), &mut |_, _, _| write()),
         };
         check_cut(result.unwrap_err());

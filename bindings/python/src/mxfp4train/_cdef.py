@@ -38,7 +38,13 @@ typedef enum mxt_log_level {
 } mxt_log_level;
 typedef enum mxt_architecture {
   MXT_ARCHITECTURE_GPT2 = 0,
+  MXT_ARCHITECTURE_LLAMA = 1,
 } mxt_architecture;
+typedef enum mxt_rope_scaling {
+  MXT_ROPE_SCALING_NONE = 0,
+  MXT_ROPE_SCALING_LINEAR = 1,
+  MXT_ROPE_SCALING_LLAMA3 = 2,
+} mxt_rope_scaling;
 typedef enum mxt_activation {
   MXT_ACTIVATION_GELU_TANH = 0,
   MXT_ACTIVATION_GELU = 1,
@@ -178,6 +184,16 @@ typedef struct mxt_model_config {
   size_t lora_rank;
   float lora_alpha;
   uint32_t lora_layers;
+  size_t kv_heads;
+  size_t head_size;
+  double rope_theta;
+  size_t rope_original_context;
+  int32_t qkv_bias;
+  int32_t qk_norm;
+  int32_t rope_scaling;
+  float rope_factor;
+  float rope_low_frequency;
+  float rope_high_frequency;
 } mxt_model_config;
 typedef struct mxt_tensor_info {
   size_t struct_size;

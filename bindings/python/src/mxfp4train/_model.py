@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from ._trainer import Trainer
 
 # In the order of C's numbers, from 0.
-ARCHITECTURES = ("gpt2",)
+ARCHITECTURES = ("gpt2", "llama")
 ACTIVATIONS = ("gelu_tanh", "gelu")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 STORED_WEIGHTS = ("f32", "f16", "bf16", "mxfp4")
 LORA_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -52,6 +53,16 @@ def config_struct(
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     lora_layers: Iterable[str] | None = None,
+    kv_heads: int | None = None,
+    head_size: int | None = None,
+    rope_theta: float | None = None,
+    rope_original_context: int | None = None,
+    qkv_bias: bool | None = None,
+    qk_norm: bool | None = None,
+    rope_scaling: str | None = None,
+    rope_factor: float | None = None,
+    rope_low_frequency: float | None = None,
+    rope_high_frequency: float | None = None,
 ) -> Any:
     given = {
         "vocab_size": vocab_size,
@@ -69,6 +80,16 @@ def config_struct(
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
         "lora_layers": lora_bits(lora_layers),
+        "kv_heads": kv_heads,
+        "head_size": head_size,
+        "rope_theta": rope_theta,
+        "rope_original_context": rope_original_context,
+        "qkv_bias": qkv_bias,
+        "qk_norm": qk_norm,
+        "rope_scaling": choice("rope_scaling", ROPE_SCALINGS, rope_scaling),
+        "rope_factor": rope_factor,
+        "rope_low_frequency": rope_low_frequency,
+        "rope_high_frequency": rope_high_frequency,
     }
     return options("mxt_model_config", given, [])
 
@@ -80,6 +101,15 @@ class Model(Handle):
     `layers` 12, `heads` 12, `channels` 768, `mlp_channels` 4 * channels. `activation` is
     "gelu_tanh" (default) or "gelu". With `tied_head=False` there is a tensor "lm_head.weight". With
     a `lora_rank` there are adapters, as `with_lora` makes them.
+
+    `architecture` is "gpt2" (default) or "llama": RMSNorm, rotary positions, SwiGLU, and no biases.
+    Its `kv_heads` are as many as `heads` by default, its `head_size` channels / heads, and its
+    `mlp_channels` 8/3 * channels, rounded up to a multiple of 256. With `qkv_bias` it is a Qwen2,
+    with `qk_norm` a Qwen3. Pair i of a head of n channels turns by rope_theta^(-2 i / n) a
+    position; `rope_theta` is 10000. `rope_scaling` is None (default), "linear", which divides
+    positions by `rope_factor`, or "llama3", which divides those of pairs that turn less than
+    `rope_low_frequency` (1) times in `rope_original_context` (8192) positions, and leaves those
+    that turn more than `rope_high_frequency` (4) times. All these are of a Llama alone.
 
     Raises InvalidArgument, which names the field, and OutOfMemory.
     """
@@ -106,6 +136,16 @@ class Model(Handle):
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         lora_layers: Iterable[str] | None = None,
+        kv_heads: int | None = None,
+        head_size: int | None = None,
+        rope_theta: float | None = None,
+        rope_original_context: int | None = None,
+        qkv_bias: bool | None = None,
+        qk_norm: bool | None = None,
+        rope_scaling: str | None = None,
+        rope_factor: float | None = None,
+        rope_low_frequency: float | None = None,
+        rope_high_frequency: float | None = None,
     ) -> None:
         config = config_struct(
             vocab_size=vocab_size,
@@ -123,6 +163,16 @@ class Model(Handle):
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             lora_layers=lora_layers,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            rope_theta=rope_theta,
+            rope_original_context=rope_original_context,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            rope_scaling=rope_scaling,
+            rope_factor=rope_factor,
+            rope_low_frequency=rope_low_frequency,
+            rope_high_frequency=rope_high_frequency,
         )
         self._own(make("model", lib.mxt_model_new, engine, config))
         self._made_from(engine)
@@ -139,7 +189,9 @@ class Model(Handle):
 
     @classmethod
     def load(cls, engine: Engine, folder: files.Place) -> Model:
-        """The model of a checkpoint folder, written by this library or by transformers (gpt2).
+        """The model of a checkpoint folder, written by this library or by transformers.
+
+        Of transformers' models these are gpt2, llama, mistral, qwen2 and qwen3.
 
         In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
         or a `FileStore`.
@@ -152,7 +204,7 @@ class Model(Handle):
         return cls._of(make("model", lib.mxt_model_load, engine, files.folder_of(folder)), engine)
 
     def save(self, folder: files.Place, *, weights: str = "f32") -> None:
-        """Saves weights and configuration; Hugging Face transformers opens the folder as gpt2.
+        """Saves weights and configuration; Hugging Face transformers opens the folder.
 
         In place of a folder there may be files without one: a `Files`, a mapping of names to bytes,
         or a `FileStore`.
@@ -180,6 +232,9 @@ class Model(Handle):
             lora_layers=tuple(
                 layer for i, layer in enumerate(LORA_LAYERS) if shape.lora_layers >> i & 1
             ),
+            qkv_bias=bool(shape.qkv_bias),
+            qk_norm=bool(shape.qk_norm),
+            rope_scaling=ROPE_SCALINGS[shape.rope_scaling] if shape.rope_scaling else None,
         )
 
     def with_lora(
@@ -192,7 +247,9 @@ class Model(Handle):
         """A new model with these weights, and adapters (LoRA) beside its linear layers.
 
         They change nothing yet; a Trainer of it trains them alone. `alpha` is by default twice the
-        rank. `layers` are some of `LORA_LAYERS`, of every block. Both models take memory.
+        rank. `layers` are some of `LORA_LAYERS`, of every block: in Llama's they stand for
+        self_attn.qkv_proj, self_attn.o_proj, mlp.gate_up_proj and mlp.down_proj. Both models take
+        memory.
 
         Raises InvalidArgument, OutOfMemory.
         """

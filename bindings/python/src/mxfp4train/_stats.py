@@ -124,7 +124,7 @@ class ModelConfig(NamedTuple):
     layer_norm_epsilon: float
     architecture: str
     mlp_channels: int
-    """0 stands for four times `channels`."""
+    """0 stands for four times `channels`, or in Llama's blocks for 8/3, up to a multiple of 256."""
     activation: str
     tied_head: bool
     scale_attention: bool
@@ -133,6 +133,18 @@ class ModelConfig(NamedTuple):
     """0 where there are no adapters."""
     lora_alpha: float
     lora_layers: tuple[str, ...]
+    kv_heads: int
+    """0 stands for `heads`."""
+    head_size: int
+    """0 stands for `channels` over `heads`."""
+    rope_theta: float
+    rope_original_context: int
+    qkv_bias: bool
+    qk_norm: bool
+    rope_scaling: Optional[str]
+    rope_factor: float
+    rope_low_frequency: float
+    rope_high_frequency: float
 
 
 class TrainerOptions(NamedTuple):

@@ -13,6 +13,22 @@ from ._library import lib, text_of
 
 if TYPE_CHECKING:
     from ._model import Model
+    from ._stats import ModelConfig
+
+
+def parts_of(config: ModelConfig) -> list[tuple[str, str, int, int]]:
+    """What files have in parts: part, whole, and how many of how many equal groups of rows."""
+    if config.architecture != "llama":
+        return []
+    q, kv = config.heads, config.kv_heads or config.heads
+    merged = "self_attn.qkv_proj."
+    return [
+        ("self_attn.q_proj.", merged, q, q + 2 * kv),
+        ("self_attn.k_proj.", merged, kv, q + 2 * kv),
+        ("self_attn.v_proj.", merged, kv, q + 2 * kv),
+        ("mlp.gate_proj.", "mlp.gate_up_proj.", 1, 2),
+        ("mlp.up_proj.", "mlp.gate_up_proj.", 1, 2),
+    ]
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -22,9 +38,12 @@ class Tensors(Mapping[str, np.ndarray]):
         weights["transformer.wte.weight"]                 # a copy, (vocabulary, channels)
         weights["transformer.ln_f.bias"] = numpy.zeros(768)
 
-    Names are those of Hugging Face's gpt2, and a linear weight is (in, out). Values are float32.
-    What is read is an array of its own: change it as often as you like and assign it once. Another
-    shape is a ValueError, a name that is not there a KeyError.
+    Names are those of Hugging Face's gpt2, where a linear weight is (in, out), or llama, where it
+    is (out, in). "self_attn.qkv_proj" of Llama's blocks has the rows of q_proj, k_proj and v_proj,
+    and "mlp.gate_up_proj" those of gate_proj and up_proj: these names have values, too, and are not
+    among those that are listed. Values are float32. What is read is an array of its own: change it
+    as often as you like and assign it once. Another shape is a ValueError, a name that is not there
+    a KeyError.
 
     An array on the engine's GPU is taken as it is, by `__cuda_array_interface__`.
     """
@@ -38,6 +57,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self._write = write
         self.shapes: dict[str, tuple[int, ...]] = {}
         """The shape of each, without reading it."""
+        self._parts = parts_of(model.config)
         info = sized("mxt_tensor_info")
 
         def list_tensors(pointer: Any) -> int:
@@ -65,7 +85,14 @@ class Tensors(Mapping[str, np.ndarray]):
         call(self._write, self._source, text("name", name), pointer, count)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[name]
+        if name in self.shapes:
+            return self.shapes[name]
+        for part, whole, rows, of in self._parts:
+            before, found, kind = name.partition(part)
+            shape = self.shapes.get(f"{before}{whole}{kind}", ())
+            if found and shape and kind in ("weight", "bias"):
+                return (shape[0] // of * rows, *shape[1:])
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -74,7 +101,10 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.shapes
+        try:
+            return isinstance(name, str) and len(self._shape(name)) > 0
+        except KeyError:
+            return False
 
     def __repr__(self) -> str:
         return f"<mxfp4train.Tensors: {len(self)} tensors>"

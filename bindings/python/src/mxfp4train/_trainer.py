@@ -222,7 +222,7 @@ class Trainer(Handle):
         or a `FileStore`.
 
         A failure, or a kill at any instant, leaves a whole checkpoint there. Hugging Face
-        transformers opens it as gpt2. Raises FileError, FormatError, NotFinite, Busy.
+        transformers opens it. Raises FileError, FormatError, NotFinite, Busy.
         """
         files.save(folder, lib.mxt_trainer_save, lib.mxt_trainer_save_to, self)
 

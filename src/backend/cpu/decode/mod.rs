@@ -8,13 +8,14 @@ use std::ops::Range;
 
 use super::arena::Arena;
 use super::attend::behind;
+use super::embed::position_behind;
 use super::gemm::{Conversion, Layout, Matrix, Output, PackMemory, PackSize, Role, pack};
 use super::workspace::Workspace;
 use super::{Buffer, Cpu};
 use crate::Result;
 use crate::backend::{
-    AttentionShape, Decode, DecoderWeights, EmbeddingShape, Epilogue, HeadShape, Linear,
-    LinearForward, LinearShape, Memory, OfSequence, Precision,
+    AttentionShape, Decode, DecoderWeights, EmbeddingShape, HeadShape, LinearForward, LinearShape,
+    Memory, OfSequence, Precision,
 };
 use crate::optim::Master;
 use mxfp4::Mxfp4Weight;
@@ -130,11 +131,9 @@ impl Decode for Cpu {
     ) {
         let LinearForward { y, x, b: bias, epilogue, .. } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
-        let to = (&mut y[..rows * outputs], Some(bias));
+        let to = (&mut y[..rows * outputs], bias);
         packed.product(self, workspace, to, &x[..rows * inputs], shape);
-        if let Epilogue::Gelu { out, form } = epilogue {
-            self.gelu_forward(out, y, rows * outputs, form);
-        }
+        self.end_linear(y, epilogue, rows, outputs);
     }
 
     fn packed_logits(
@@ -169,13 +168,23 @@ impl Decode for Cpu {
         out: &mut Buffer<f32>,
         (tokens, starts): (&Self::Tokens, &[usize]),
         wte: &[f32],
-        wpe: &[f32],
+        wpe: Option<&[f32]>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        self.embed_rows(out, tokens, wte, (sequences.rows(), channels), |row| {
-            let position = starts.get(row).copied().unwrap_or(starts[0] + row);
-            &wpe[position * channels..][..channels]
-        });
+        let position =
+            wpe.map(|wpe| move |row| &wpe[position_behind(starts, row) * channels..][..channels]);
+        self.embed_rows(out, tokens, wte, (sequences.rows(), channels), position);
+    }
+
+    fn rotations_behind(
+        &self,
+        table: &mut Buffer<f32>,
+        frequencies: &[f32],
+        (_, starts): (&Self::Tokens, &[usize]),
+        shape: AttentionShape,
+    ) {
+        let position = |row| position_behind(starts, row);
+        self.turn_by(table, frequencies, shape.sequences.rows(), position);
     }
 
     fn kept(&self, arena: &mut Arena, positions: usize, shape: AttentionShape) -> Buffer<f32> {

@@ -48,22 +48,25 @@ fn attention<S: Copy>(
     let [from, gradient] = [qkv, dout].map(|values| placed(values, precision));
     let (mut lse, mut delta) =
         (vec![f32::NAN; rows * shape.heads], vec![f32::NAN; rows * shape.heads]);
-    let (grid, none) = ([rows.div_ceil(4), shape.heads], std::ptr::null_mut());
+    let grid = |heads| [rows.div_ceil(4), heads];
+    let none = std::ptr::null_mut();
     let forward: Forward<S> = emulator.kernel(&format!("attention_forward<{number}{packed}>"));
     let (to, sums) = (out.as_mut_ptr(), lse.as_mut_ptr());
     // SAFETY: the buffers are those that the kernel's comment asks for.
-    emulator.run(schedule, grid, 128, || unsafe { forward(to, sums, none, from.as_ptr(), heads) });
+    emulator.run(schedule, grid(shape.heads), 128, || unsafe {
+        forward(to, sums, none, from.as_ptr(), heads);
+    });
     let of_out: Delta = emulator.kernel(&format!("attention_delta<{number}>"));
     let means = delta.as_mut_ptr();
     // SAFETY: the same.
     emulator.run(schedule, [rows.div_ceil(4), 1], 128, || unsafe {
         of_out(means, gradient.as_ptr(), out.as_ptr(), rows as u32, Heads::from(shape));
     });
-    for name in ["attention_dkdv", "attention_dq"] {
+    for (name, of) in [("attention_dkdv", shape.kv_heads), ("attention_dq", shape.heads)] {
         let backward: Backward<S> = emulator.kernel(&format!("{name}<{number}{packed}>"));
         let (to, gradient, from) = (dqkv.as_mut_ptr(), gradient.as_ptr(), from.as_ptr());
         // SAFETY: the same.
-        emulator.run(schedule, grid, 128, || unsafe {
+        emulator.run(schedule, grid(of), 128, || unsafe {
             backward(to, none, gradient, lse.as_ptr(), delta.as_ptr(), from, heads);
         });
     }
@@ -75,24 +78,26 @@ fn attention<S: Copy>(
 #[test]
 fn documents_are_as_if_each_were_alone() {
     let Some(emulator) = Emulator::new("attend_plain") else { return };
-    let cases: [(usize, usize, Precision, &[usize]); 4] = [
-        (2, 20, Precision::F32, &[5, 1, 1, 40, 33, 17]),
-        (1, 64, Precision::Bf16, &[70, 3, 64]),
-        (1, 33, Precision::F32, &[97]),
-        (3, 8, Precision::Bf16, &[1, 1, 31, 32, 1]),
+    let cases: [(usize, usize, usize, Precision, &[usize]); 6] = [
+        (2, 2, 20, Precision::F32, &[5, 1, 1, 40, 33, 17]),
+        (1, 1, 64, Precision::Bf16, &[70, 3, 64]),
+        (1, 1, 33, Precision::F32, &[97]),
+        (3, 3, 8, Precision::Bf16, &[1, 1, 31, 32, 1]),
+        (4, 2, 16, Precision::F32, &[50, 7, 20]),
+        (3, 1, 10, Precision::Bf16, &[33, 40]),
     ];
-    for (case, (heads, head_size, precision, lengths)) in cases.into_iter().enumerate() {
-        let c = heads * head_size;
+    for (case, (heads, kv_heads, head_size, precision, lengths)) in cases.into_iter().enumerate() {
+        let (c, wide) = (heads * head_size, (heads + 2 * kv_heads) * head_size);
         let shape = |length| AttentionShape {
             sequences: Sequences { batch: 1, length },
             heads,
-            kv_heads: heads,
+            kv_heads,
             head_size,
             score_factor: 0.75,
             precision,
         };
         let rows = lengths.iter().sum();
-        let [qkv, dout] = [3 * c, c].map(|width| rounded(&random(rows * width, 5), precision));
+        let [qkv, dout] = [wide, c].map(|width| rounded(&random(rows * width, 5), precision));
         let mut bounds = [Vec::new(), Vec::new()];
         for length in lengths {
             let start = bounds[0].len();
@@ -108,11 +113,11 @@ fn documents_are_as_if_each_were_alone() {
         for length in lengths {
             let part =
                 |values: &[f32], width: usize| values[first * width..][..length * width].to_vec();
-            let (qkv, dout) = (part(&qkv, 3 * c), part(&dout, c));
+            let (qkv, dout) = (part(&qkv, wide), part(&dout, c));
             let alone =
                 attention(of, (&qkv, &dout), shape(*length), (Heads::from(shape(*length)), ""));
             assert_eq!(part(&ours[0], c), alone[0], "{case}: out from {first}");
-            assert_eq!(part(&ours[2], 3 * c), alone[2], "{case}: dqkv from {first}");
+            assert_eq!(part(&ours[2], wide), alone[2], "{case}: dqkv from {first}");
             for head in 0..heads {
                 let lse = &ours[1][head * rows + first..][..*length];
                 assert_eq!(lse, &alone[1][head * length..][..*length], "{case}: lse from {first}");

@@ -258,22 +258,26 @@ fn attention_behind_has_the_bits_of_the_whole() {
     let Some(emulator) = Emulator::new("attend_behind") else { return };
     // Two rounds of the warps at most, and a stretch of keys and some more of the plain kernel.
     let cases = [
-        (2, 64, 70, Precision::Bf16),
-        (1, 64, 530, Precision::Bf16),
-        (1, 128, 45, Precision::Bf16),
-        (2, 40, 33, Precision::Bf16),
-        (1, 72, 40, Precision::Bf16),
-        (2, 17, 30, Precision::Bf16),
-        (1, 150, 12, Precision::F32),
-        (1, 8, 1030, Precision::F32),
+        (2, 2, 64, 70, Precision::Bf16),
+        (1, 1, 64, 530, Precision::Bf16),
+        (1, 1, 128, 45, Precision::Bf16),
+        (2, 2, 40, 33, Precision::Bf16),
+        (1, 1, 72, 40, Precision::Bf16),
+        (2, 2, 17, 30, Precision::Bf16),
+        (1, 1, 150, 12, Precision::F32),
+        (1, 1, 8, 1030, Precision::F32),
+        (4, 2, 64, 40, Precision::Bf16),
+        (3, 1, 18, 25, Precision::Bf16),
+        (4, 1, 10, 20, Precision::F32),
     ];
-    for (heads, head_size, length, precision) in cases {
-        let c = heads * head_size;
-        let qkv = rounded(&random(length * 3 * c, 6), precision);
+    for (heads, kv_heads, head_size, length, precision) in cases {
+        let (c, of_kept) = (heads * head_size, kv_heads * head_size);
+        let wide = c + 2 * of_kept;
+        let qkv = rounded(&random(length * wide, 6), precision);
         let shape = |length| AttentionShape {
             sequences: Sequences { batch: 1, length },
             heads,
-            kv_heads: heads,
+            kv_heads,
             head_size,
             score_factor: 0.75,
             precision,
@@ -284,11 +288,11 @@ fn attention_behind_has_the_bits_of_the_whole() {
             attention_on_tensor_cores(head_size).filter(|_| precision == Precision::Bf16);
         let run = |pieces: &[usize], schedule, qkv: &[f32]| {
             // Whatever lies behind what was kept is not looked at.
-            let mut kept = placed(&vec![f32::NAN; 2 * positions * c], precision);
+            let mut kept = placed(&vec![f32::NAN; 2 * positions * of_kept], precision);
             let (mut start, mut all) = (0, Vec::new());
             for rows in pieces.iter().cycle() {
                 let rows = (*rows).min(length - start);
-                let of_rows = placed(&qkv[start * 3 * c..][..rows * 3 * c], precision);
+                let of_rows = placed(&qkv[start * wide..][..rows * wide], precision);
                 let mut out = placed(&vec![f32::NAN; rows * c], precision);
                 let keeps = on_tensor_cores.is_some() && rows <= 16;
                 let at = start as u32;
@@ -328,7 +332,7 @@ fn attention_behind_has_the_bits_of_the_whole() {
             }
             all
         };
-        let what = format!("{heads} heads of {head_size}, {length}");
+        let what = format!("{heads} and {kv_heads} heads of {head_size}, {length}");
         let whole = run(&[length], SCHEDULES[0], &qkv);
         let size = exact.iter().fold(0.0f64, |size, v| size.max(v.abs()));
         let bound = if precision == Precision::F32 { 2e-6 } else { 1.2e-2 };
@@ -355,8 +359,8 @@ fn attention_behind_has_the_bits_of_the_whole() {
         ];
         for (row, part, value) in values.into_iter().filter(|_| length <= 100) {
             let mut qkv = qkv.clone();
-            let first = row * 3 * c + part * c;
-            qkv[first..][..c / 2].fill(value);
+            let first = row * wide + c + (part - 1) * of_kept;
+            qkv[first..][..of_kept / 2].fill(value);
             let poisoned = run(&[length], SCHEDULES[1], &qkv);
             let parts = run(&[row, 1, 1], SCHEDULES[2], &qkv);
             let bits = |v: &f32| if v.is_nan() { None } else { Some(v.to_bits()) };

@@ -80,7 +80,7 @@ struct Barrier {
     while (passed == before) yield();
   }
 };
-static Barrier whole, warps[32];
+static Barrier whole, warps[32], named[16];
 
 void __syncthreads() { whole.wait(blockDim.x); }
 static unsigned lane() { return threadIdx.x % 32; }
@@ -93,6 +93,7 @@ static unsigned turn() { return warps[warp()].passed % 2; }
 static void run_block(unsigned order) {
   whole = {};
   for (Barrier &barrier : warps) barrier = {};
+  for (Barrier &barrier : named) barrier = {};
   unsigned count = blockDim.x;
   threads.resize(count);
   for (unsigned i = 0; i < count; i++) {
@@ -239,6 +240,8 @@ static unsigned atomicMax(unsigned *at, unsigned v) {
 
 // Kernels run one after the other here.
 static void begin() {}
+static void ask_for(const void *, size_t) {}
+template <u32 COUNT> static void wait_at(u32 barrier) { named[barrier].wait(COUNT); }
 
 static void store_words(void *to, u32 a, u32 b) { *(uint2 *)to = {a, b}; }
 static void store_words(void *to, u32 a, u32 b, u32 c, u32 d) { *(uint4 *)to = {a, b, c, d}; }

@@ -28,13 +28,16 @@ mod kept;
 mod merge;
 mod moments;
 mod muon;
+mod norm;
 mod products;
 mod quantize;
 mod ramping;
 mod restore;
+mod rotary;
 mod select;
 mod spam;
 mod stable_adamw;
+mod swiglu;
 mod values;
 mod watch;
 
@@ -44,6 +47,7 @@ use std::process::Command;
 
 use super::kernels::FILES;
 use super::quantize::Launch;
+use crate::backend::Precision;
 pub(super) use products::operand;
 pub(super) use quantize::check_mxfp8;
 
@@ -164,4 +168,49 @@ fn aligned(bytes: &[u8]) -> Vec<u128> {
     let mut out = vec![0u128; bytes.len().div_ceil(16)];
     bytemuck::cast_slice_mut::<_, u8>(&mut out)[..bytes.len()].copy_from_slice(bytes);
     out
+}
+
+/// Values as kernels hold them, aligned as tensors are.
+struct Held {
+    words: Vec<u128>,
+    len: usize,
+    precision: Precision,
+}
+
+impl Held {
+    fn new(values: &[f32], precision: Precision) -> Self {
+        let bytes: Vec<u8> = match precision {
+            Precision::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Precision::Bf16 => {
+                values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+            }
+        };
+        Self { words: aligned(&bytes), len: values.len(), precision }
+    }
+
+    fn address(&mut self) -> u64 {
+        self.words.as_mut_ptr() as u64
+    }
+
+    fn amax(&self) -> u32 {
+        self.values().iter().fold(0, |largest, v| largest.max(v.to_bits() & 0x7fff_ffff))
+    }
+
+    fn values(&self) -> Vec<f32> {
+        match self.precision {
+            Precision::F32 => bytemuck::cast_slice(&self.words)[..self.len].to_vec(),
+            Precision::Bf16 => {
+                let halves: &[u16] = bytemuck::cast_slice(&self.words);
+                halves[..self.len].iter().map(|v| half::bf16::from_bits(*v).to_f32()).collect()
+            }
+        }
+    }
+
+    /// The kernels' type.
+    fn name(precision: Precision) -> &'static str {
+        match precision {
+            Precision::F32 => "float",
+            Precision::Bf16 => "bf16",
+        }
+    }
 }

@@ -6,9 +6,10 @@ use proptest::prelude::*;
 
 use super::super::device::gemm::Type;
 use super::super::quantize::carrier::{Carrier, tiled};
-use super::super::quantize::{BehindGelu, Kept, Launch, Quantization, Source as Operand, Target};
+use super::super::quantize::{Behind, Kept, Launch, Made, Quantization, Source as Operand, Target};
 use super::super::tests::{ROUNDINGS, amax_of, compare_fp8, decode_fp8, exact_forms, of_dy};
 use super::gelu::GeluKernel;
+use super::swiglu::SwiGluKernel;
 use super::{Emulator, SCHEDULES, aligned};
 use crate::backend::Precision;
 use crate::backend::conformance::RANDOM;
@@ -495,7 +496,7 @@ fn fp8_operands_of_every_rule_are_those_of_the_definition() {
     assert!(clamped > 20, "only {clamped} blocks were clamped");
 }
 
-// ---- The gradient behind GELU ----
+// ---- The gradient behind an activation ----
 
 /// What the gradients are like that are quantized as they are made.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -510,51 +511,76 @@ enum Kind {
     Zero,
 }
 
-/// Gradients quantized behind GELU are what the derivative's kernel and the one for both forms make
-/// one after the other, given the scale that an attempt finds.
+/// Gradients quantized behind an activation are what its derivative's kernel and the one for both
+/// forms make one after the other, given the scale that an attempt finds.
 #[test]
-fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
+fn gradients_behind_activations_are_quantized_as_if_they_were_stored() {
     let Some(emulator) = Emulator::new("quantize_fp8_groups") else { return };
     let Some(gelu) = Emulator::new("gelu") else { return };
-    let mut clamped_in_all = 0;
-    let shapes = [(17, 31), (33, 200), (192, 136), (128, 72)];
+    let Some(swiglu) = Emulator::new("swiglu") else { return };
+    let mut clamped_in_all = [0; 2];
+    // Of SwiGLU: without whole pieces, with tiles that have both of gate and up, and one of each.
+    let shapes = [
+        (Made::Gelu, (17, 31)),
+        (Made::Gelu, (33, 200)),
+        (Made::Gelu, (192, 136)),
+        (Made::Gelu, (128, 72)),
+        (Made::SwiGlu, (33, 74)),
+        (Made::SwiGlu, (192, 208)),
+        (Made::SwiGlu, (128, 128)),
+    ];
     let kinds = [Kind::Ordinary, Kind::Outlier, Kind::NotFinite, Kind::NanInSample, Kind::Zero];
     let cases = shapes.into_iter().flat_map(|shape| kinds.map(|kind| (shape, kind)));
-    for (case, (shape @ (rows, cols), kind)) in cases.enumerate() {
-        let normal = |std, index| {
-            let mut values = vec![0.0; rows * cols];
+    for (case, ((made, shape @ (rows, cols)), kind)) in cases.enumerate() {
+        let normal = |std, index, width| {
+            let mut values = vec![0.0; rows * width];
             formats::fill_normal(&mut values, std, &Draw::of(9, Purpose::Weights, index, 0), 0);
             values
         };
-        let (mut d, mut pre) = (normal(1e-3, 85), normal(2.0, 86));
-        for (i, (d, pre)) in d.iter_mut().zip(&mut pre).enumerate() {
-            // Whole groups far below the others, and results where GELU is straight.
-            if i / cols >= 64 && i % cols >= 64 {
+        // Of d.
+        let width = if made == Made::Gelu { cols } else { cols / 2 };
+        let (mut d, mut pre) = (normal(1e-3, 85, width), normal(2.0, 86, cols));
+        for (i, d) in d.iter_mut().enumerate() {
+            // Whole groups far below the others.
+            if i / width >= 64 && i % width >= 64 {
                 *d *= 2f32.powi(-30);
             }
-            if i % 211 == 5 {
-                *pre *= 1e17;
-            }
             match kind {
-                Kind::Outlier if i / cols == 13 => *d *= 1e4,
-                Kind::NotFinite | Kind::NanInSample if i == 13 * cols + 7 => *d = f32::INFINITY,
+                Kind::Outlier if i / width == 13 => *d *= 1e4,
+                Kind::NotFinite | Kind::NanInSample if i == 13 * width + 7 => *d = f32::INFINITY,
                 Kind::NanInSample if i == 3 => *d = f32::NAN,
                 Kind::Zero => *d = 0.0,
                 _ => {}
             }
         }
+        if made == Made::Gelu {
+            // Results where GELU is straight.
+            pre.iter_mut().skip(5).step_by(211).for_each(|pre| *pre *= 1e17);
+        }
         let [d, pre] = [d, pre].map(|values| bf16_bytes(&values));
         let schedule = SCHEDULES[case % 3];
 
         // The gradient itself.
-        let mut dy = d.clone();
+        let mut dy = if made == Made::Gelu { d.clone() } else { pre.clone() };
         let (to, len, mut amax) = (dy.as_mut_ptr().cast(), (rows * cols) as u64, 0);
         let at_amax = &raw mut amax;
-        let kernel: GeluKernel<u16> = gelu.kernel("gelu_of_all<bf16,false,true>");
-        gelu.run(schedule, [2, 1], 256, || {
-            // SAFETY: buffers and grid are what the comment of the kernel asks for.
-            unsafe { kernel(to, at_amax, pre.as_ptr().cast(), len) };
-        });
+        match made {
+            Made::Gelu => {
+                let kernel: GeluKernel<u16> = gelu.kernel("gelu_of_all<bf16,false,true>");
+                gelu.run(schedule, [2, 1], 256, || {
+                    // SAFETY: buffers and grid are what the comment of the kernel asks for.
+                    unsafe { kernel(to, at_amax, pre.as_ptr().cast(), len) };
+                });
+            }
+            Made::SwiGlu => {
+                let kernel: SwiGluKernel = swiglu.kernel("swiglu_backward<bf16>");
+                let from = d.as_ptr() as u64;
+                swiglu.run(schedule, [2, 1], 256, || {
+                    // SAFETY: the same.
+                    unsafe { kernel(to as u64, at_amax, from, rows as u32, width as u32) };
+                });
+            }
+        }
         emulator.may_read(&dy, 2 * rows * cols);
         let narrow: &[u16] = &bytemuck::cast_slice(&dy)[..rows * cols];
         let values: Vec<f32> = narrow.iter().map(|v| half::bf16::from_bits(*v).to_f32()).collect();
@@ -563,16 +589,20 @@ fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
         let mut sampled = 0;
         let at_sampled = &raw mut sampled;
         type SampleKernel = unsafe extern "C" fn(*mut u32, *const u128, *const u128, u32);
-        let kernel: SampleKernel = gelu.kernel("sample_gelu_gradient");
-        gelu.run(schedule, [cols.div_ceil(2048), rows.div_ceil(32)], 256, || {
-            // SAFETY: buffers and grid are what the comment of the kernel asks for.
-            unsafe { kernel(at_sampled, d.as_ptr(), pre.as_ptr(), cols as u32) };
+        let (activation, name) = match made {
+            Made::Gelu => (&gelu, "sample_gelu_gradient"),
+            Made::SwiGlu => (&swiglu, "sample_swiglu_gradient"),
+        };
+        let kernel: SampleKernel = activation.kernel(name);
+        activation.run(schedule, [width.div_ceil(2048), rows.div_ceil(32)], 256, || {
+            // SAFETY: buffers and grid are what the comments of the kernels ask for.
+            unsafe { kernel(at_sampled, d.as_ptr(), pre.as_ptr(), width as u32) };
         });
         let rows_sampled = values.chunks(cols).step_by(32).collect::<Vec<_>>().concat();
-        assert_eq!(sampled, amax_of(&rows_sampled), "{shape:?} {kind:?}");
+        assert_eq!(sampled, amax_of(&rows_sampled), "{made:?} {shape:?} {kind:?}");
 
         for rounding in ROUNDINGS {
-            let what = format!("{shape:?} {kind:?} {rounding:?}");
+            let what = format!("{made:?} {shape:?} {kind:?} {rounding:?}");
             let exact = exact_forms(&values, shape, 64, rounding);
             let [of_d, of_dy] = [&d, &dy].map(|source| {
                 let source =
@@ -581,7 +611,8 @@ fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
             });
             let mut attempt = [sampled, 0, 0];
             let mut ours = Fp8::new(&exact);
-            let behind = BehindGelu {
+            let behind = Behind {
+                made,
                 both: ours.take(of_d, Type::E5m2, BOTH),
                 pre: pre.as_ptr() as u64,
                 attempt: &raw mut attempt as u64,
@@ -614,9 +645,9 @@ fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
             assert_eq!(ours.clamped, stored.clamped, "{what}: clamped blocks");
             assert_eq!(ours.factor.is_nan(), above == 253, "{what}");
             if above != 253 {
-                clamped_in_all += ours.check(&exact, &behind.both, amax, &what);
+                clamped_in_all[made as usize] += ours.check(&exact, &behind.both, amax, &what);
             }
         }
     }
-    assert!(clamped_in_all > 20, "only {clamped_in_all} blocks were clamped");
+    assert!(clamped_in_all.iter().all(|n| *n > 20), "only {clamped_in_all:?} blocks were clamped");
 }

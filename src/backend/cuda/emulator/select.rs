@@ -2,7 +2,7 @@
 
 use super::super::quantize::Launch;
 use super::super::select::{Drawing, Rows};
-use super::{Emulator, SCHEDULES};
+use super::{Emulator, Held, SCHEDULES};
 use crate::backend::conformance::{random as values, rounded};
 use crate::backend::{Precision, SelectShape, Sequences, reference};
 use crate::formats::{Random, kept_positions};
@@ -115,45 +115,4 @@ fn check_rows(
     reference::set_rows(&mut exact, &kept_rows, &rounded(&sums, precision), channels);
     let (ours, _) = run("scatter_sum", &vec![f32::NAN; all], [&base, &x, &y]);
     check("summed", &ours, &exact);
-}
-
-/// Values as kernels hold them, aligned as tensors are.
-struct Held {
-    words: Vec<u128>,
-    len: usize,
-    precision: Precision,
-}
-
-impl Held {
-    fn new(values: &[f32], precision: Precision) -> Self {
-        let bytes: Vec<u8> = match precision {
-            Precision::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Precision::Bf16 => {
-                values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
-            }
-        };
-        Self { words: super::aligned(&bytes), len: values.len(), precision }
-    }
-
-    fn address(&mut self) -> u64 {
-        self.words.as_mut_ptr() as u64
-    }
-
-    fn values(&self) -> Vec<f32> {
-        match self.precision {
-            Precision::F32 => bytemuck::cast_slice(&self.words)[..self.len].to_vec(),
-            Precision::Bf16 => {
-                let halves: &[u16] = bytemuck::cast_slice(&self.words);
-                halves[..self.len].iter().map(|v| half::bf16::from_bits(*v).to_f32()).collect()
-            }
-        }
-    }
-
-    /// Of the kernels' type.
-    fn name(precision: Precision) -> &'static str {
-        match precision {
-            Precision::F32 => "float",
-            Precision::Bf16 => "bf16",
-        }
-    }
 }

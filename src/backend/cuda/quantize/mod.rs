@@ -9,12 +9,12 @@
 //! dy is read once for both of its forms, along rows for dgrad and transposed for wgrad: one tile
 //! in shared memory, one drawing of random bits, and the bias gradient's column sums on the way.
 //!
-//! The gradient behind GELU is never stored where both FP8 forms of it are made (groups of 64): the
-//! tile is computed from GELU's gradient and the layer's result as it is loaded. Nobody knows its
-//! amax then, so the scale is made from every 32nd row, with the room of 8 times that which
-//! rotating needs in any case. Should a block lie above it even so, a kernel behind does all once
-//! more with the scale that the highest one asks for; otherwise it ends at once. The host learns of
-//! neither, and the result depends on the gradient alone.
+//! The gradient behind GELU or SwiGLU is never stored where both FP8 forms of it are made (groups of
+//! 64): the tile is computed from the gradient of what that puts out and the layer's result as it is
+//! loaded. Nobody knows its amax then, so the scale is made from every 32nd row, with the room of 8
+//! times that which rotating needs in any case. Should a block lie above it even so, a kernel behind
+//! does all once more with the scale that the highest one asks for; otherwise it ends at once. The
+//! host learns of neither, and the result depends on the gradient alone.
 
 pub(super) mod carrier;
 pub(super) mod fp8;
@@ -30,7 +30,7 @@ use super::Cuda;
 use super::device::capture::Redraw;
 use super::device::gemm::Type;
 use super::device::memory::{Param, Tensor};
-use super::gelu;
+use super::{gelu, swiglu};
 use crate::backend::Precision;
 use crate::formats::{self, Operand, PowerRule, Random, Range, Rounding, Scale};
 use carrier::TILE_VECTORS;
@@ -311,18 +311,29 @@ impl Quantization {
     }
 }
 
-/// Both FP8 forms of the gradient d gelu'(pre) of bf16 numbers, without storing the gradient
+/// What a layer's result passes through, by whose gradient its own is made as it is quantized.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Made {
+    /// d gelu'(pre), in GELU's tanh form.
+    Gelu,
+    /// Of pre = [gate | up], d being half as wide.
+    SwiGlu,
+}
+
+/// Both FP8 forms of the gradient behind an activation of bf16 numbers, without storing the gradient
 /// itself. Its scale is made from a sample; where that leaves no room for a block, all is done once
 /// more.
-pub(super) struct BehindGelu {
-    /// Of d, with a transform and a rule of the scale that [`BehindGelu::takes`].
+pub(super) struct Behind {
+    pub(super) made: Made,
+    /// Of d, with the rows and columns of `pre`, and a transform and a rule of the scale that
+    /// [`Behind::takes`].
     pub(super) both: Quantization,
     pub(super) pre: u64,
     /// `Attempt` of the kernels: zeroed words.
     pub(super) attempt: u64,
 }
 
-impl BehindGelu {
+impl Behind {
     /// Of an attempt.
     pub(super) const WORDS: u64 = 3;
 
@@ -340,8 +351,8 @@ impl BehindGelu {
     }
 
     pub(super) fn kernel(&self, again: bool) -> String {
-        let unbiased = self.both.rounding == Rounding::Unbiased;
-        format!("quantize_fp8_behind_gelu<{OWN_GROUP},{again},{unbiased}>")
+        let (made, unbiased) = (self.made, self.both.rounding == Rounding::Unbiased);
+        format!("quantize_fp8_behind<{OWN_GROUP},{made:?},{again},{unbiased}>")
     }
 
     pub(super) fn arguments(&self) -> Arguments {
@@ -349,8 +360,12 @@ impl BehindGelu {
     }
 
     pub(super) fn sample(&self, cuda: &Cuda) {
-        let Quantization { source, rows, cols, .. } = self.both;
-        gelu::sample_gradient(cuda, self.attempt, source.address, self.pre, (rows, cols));
+        let Quantization { source: Source { address: d, .. }, rows, cols, .. } = self.both;
+        let (amax, pre) = (self.attempt, self.pre);
+        match self.made {
+            Made::Gelu => gelu::sample_gradient(cuda, amax, d, pre, (rows, cols)),
+            Made::SwiGlu => swiglu::sample_gradient(cuda, amax, d, pre, (rows, cols / 2)),
+        }
     }
 
     pub(super) fn quantize(&self, cuda: &Cuda) -> usize {

@@ -77,7 +77,7 @@ fn check_results(cuda: &Cuda, shape: LinearShape, recipe: &formats::LinearRecipe
         y: &mut y,
         x: &tensor(cuda, &x, Precision::Bf16),
         w: weights[0].param(alone(w.len())),
-        b: weights[1].param(alone(bias.len())),
+        b: Some(weights[1].param(alone(bias.len()))),
         mean: None,
         epilogue: Epilogue::None,
         turned: None,

@@ -12,8 +12,6 @@ mod measure;
 mod parameters;
 mod quantization;
 
-use cudarc::driver::sys;
-
 use super::device::memory::{Arena, F32, Gradient, Tensor, Weights};
 use super::quantize::random::Drawn;
 use super::quantize::{Kept, Quantization};
