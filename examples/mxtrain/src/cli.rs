@@ -9,8 +9,9 @@ use bytesize::ByteSize;
 use clap::builder::{NonEmptyStringValueParser, OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
-    Activation, DatasetOptions, DecoderWeights, Draft, Frozen, Group, Lora, Optimizer, Recipe,
-    Recompute, ScheduleKind, StoredWeights, TokenDrop, Transport, Wire,
+    Activation, Architecture, DatasetOptions, DecoderWeights, Draft, Frozen, Group, Lora,
+    ModelConfig, Optimizer, Recipe, Recompute, ScheduleKind, StoredWeights, TokenDrop, Transport,
+    Wire,
 };
 
 use crate::compare::CompareArgs;
@@ -20,7 +21,7 @@ use crate::prepare::Format;
 use crate::ranks::MAX_RANKS;
 use crate::tokenizer::Named;
 
-/// Trains GPT-2 models on text files, with the backward pass in MXFP4.
+/// Trains GPT-2 and Llama models on text files, with the backward pass in MXFP4.
 #[derive(Debug, Parser)]
 #[command(
     name = "mxtrain",
@@ -397,7 +398,8 @@ pub(crate) struct StartArgs {
     #[arg(long)]
     pub(crate) overwrite: bool,
 
-    /// Start from the weights in a checkpoint folder, this program's or Hugging Face's gpt2
+    /// Start from the weights in a checkpoint folder, this program's or Hugging Face's: gpt2, llama,
+    /// mistral, qwen2 or qwen3
     #[arg(long, value_name = "DIR")]
     pub(crate) init_from: Option<PathBuf>,
 
@@ -430,41 +432,138 @@ pub(crate) struct StartArgs {
 }
 
 /// The shape of a new model.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// Transformer blocks
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub(crate) layers: usize,
+    /// Sizes to begin with, of --arch llama 60M, 125M, 350M or 1B, or of gpt2 124M, 355M, 774M or 1.5B,
+    /// as they are called with a usual vocabulary; what else is given counts more
+    #[arg(long, value_name = "NAME")]
+    pub(crate) preset: Option<Preset>,
 
-    /// Attention heads of a block; must divide --channels
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub(crate) heads: usize,
+    /// Take the shape that a config.json of Hugging Face describes, for a model of random weights
+    #[arg(long, value_name = "FILE", conflicts_with = "preset")]
+    pub(crate) shape: Option<PathBuf>,
 
-    /// Width of the model
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub(crate) channels: usize,
+    /// Transformer blocks [default: 4]
+    #[arg(long, value_name = "N")]
+    pub(crate) layers: Option<usize>,
 
-    /// Longest sequence that the model can see, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 256)]
-    pub(crate) context: usize,
+    /// Attention heads of a block; must divide --channels unless --head-size is given [default: 4]
+    #[arg(long, value_name = "N")]
+    pub(crate) heads: Option<usize>,
+
+    /// Width of the model [default: 128]
+    #[arg(long, value_name = "N")]
+    pub(crate) channels: Option<usize>,
+
+    /// Longest sequence that the model can see, in tokens [default: 256]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) context: Option<usize>,
 }
 
-/// What a new model may differ in from GPT-2.
+/// What a new model's blocks are made of.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct VariantArgs {
-    /// Width of the MLP in a block [default: 4 x --channels]
+    /// Blocks: gpt2 or llama, which Mistral, Qwen2, Qwen3 and SmolLM are, too [default: gpt2, or that
+    /// of --preset or --shape]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) arch: Option<Architecture>,
+
+    /// Width of the MLP in a block [default: 4 x --channels; of llama 8/3 x --channels, rounded up to a
+    /// multiple of 256]
     #[arg(long, value_name = "N")]
     pub(crate) mlp_channels: Option<usize>,
 
-    /// gelu_new (GPT-2's tanh form) or gelu (the exact one)
+    /// Of gpt2: gelu_new (its tanh form) or gelu (the exact one)
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) activation: Activation,
+
+    /// Of llama: heads of keys and values, which divide --heads [default: --heads]
+    #[arg(long, value_name = "N")]
+    pub(crate) kv_heads: Option<usize>,
+
+    /// Of llama: channels of a head [default: --channels over --heads]
+    #[arg(long, value_name = "N")]
+    pub(crate) head_size: Option<usize>,
+
+    /// Of llama: a bias where queries, keys and values are made, as in Qwen2
+    #[arg(long)]
+    pub(crate) qkv_bias: bool,
+
+    /// Of llama: norms of every head of queries and keys, as in Qwen3
+    #[arg(long)]
+    pub(crate) qk_norm: bool,
+
+    /// Of llama: what positions turn by [default: 10000]
+    #[arg(long, value_name = "X")]
+    pub(crate) rope_theta: Option<f32>,
 
     /// Give the head weights of its own
     #[arg(long)]
     pub(crate) untied_head: bool,
+}
+
+/// Sizes with a name.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Preset {
+    /// As it is called.
+    pub(crate) name: &'static str,
+    pub(crate) architecture: Architecture,
+    /// Layers, channels, heads, kv heads, context.
+    sizes: [usize; 5],
+    tied_head: bool,
+}
+
+impl Preset {
+    const fn gpt2(name: &'static str, [layers, channels, heads]: [usize; 3]) -> Self {
+        let (architecture, sizes) = (Architecture::Gpt2, [layers, channels, heads, 0, 1024]);
+        Self { name, architecture, sizes, tied_head: true }
+    }
+
+    const fn llama(name: &'static str, sizes: [usize; 5], tied_head: bool) -> Self {
+        Self { name, architecture: Architecture::Llama, sizes, tied_head }
+    }
+
+    const ALL: [Self; 8] = [
+        Self::llama("60M", [14, 512, 8, 4, 1024], true),
+        Self::llama("125M", [16, 768, 12, 4, 1024], true),
+        Self::llama("350M", [24, 1024, 16, 4, 2048], false),
+        // TinyLlama's.
+        Self::llama("1B", [22, 2048, 32, 4, 2048], false),
+        Self::gpt2("124M", [12, 768, 12]),
+        Self::gpt2("355M", [24, 1024, 16]),
+        Self::gpt2("774M", [36, 1280, 20]),
+        Self::gpt2("1.5B", [48, 1600, 25]),
+    ];
+
+    /// Its shape, with whatever vocabulary.
+    pub(crate) fn config(&self) -> ModelConfig {
+        let [layers, channels, heads, kv_heads, context_length] = self.sizes;
+        let (architecture, tied_head) = (self.architecture, self.tied_head);
+        ModelConfig {
+            architecture,
+            layers,
+            channels,
+            heads,
+            kv_heads,
+            context_length,
+            tied_head,
+            ..ModelConfig::default()
+        }
+    }
+}
+
+impl FromStr for Preset {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let is = |preset: &&Self| preset.name.eq_ignore_ascii_case(name);
+        Self::ALL.iter().find(is).copied().ok_or_else(|| {
+            let names = Self::ALL.map(|preset| preset.name).join(", ");
+            format!("expected one of {names}")
+        })
+    }
 }
 
 /// What is trained beside the weights.
@@ -482,7 +581,8 @@ pub(crate) struct LoraArgs {
     pub(crate) lora_alpha: Option<f32>,
 
     /// Layers of every block that have one: all, or some of attn.c_attn, attn.c_proj, mlp.c_fc and
-    /// mlp.c_proj with commas between them
+    /// mlp.c_proj with commas between them; of llama self_attn.qkv_proj, self_attn.o_proj,
+    /// mlp.gate_up_proj and mlp.down_proj
     #[arg(long, value_name = "NAMES", default_value = "all",
           value_parser = Lora::layers_of)]
     pub(crate) lora_layers: [bool; 4],
@@ -765,7 +865,8 @@ pub(crate) struct RecipesArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct EvalArgs {
-    /// Checkpoint folder, this program's or Hugging Face's gpt2
+    /// Checkpoint folder, this program's or Hugging Face's: gpt2, llama,
+    /// mistral, qwen2 or qwen3
     #[arg(long, value_name = "DIR")]
     pub(crate) checkpoint: PathBuf,
 
@@ -810,7 +911,8 @@ pub(crate) struct EvalArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArgs {
-    /// Checkpoint folder, this program's or Hugging Face's gpt2
+    /// Checkpoint folder, this program's or Hugging Face's: gpt2, llama,
+    /// mistral, qwen2 or qwen3
     #[arg(long, value_name = "DIR")]
     pub(crate) checkpoint: PathBuf,
 
@@ -928,7 +1030,7 @@ pub(crate) struct SamplingArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 What reads it:
-  safetensors, f32 f16 bf16  transformers and what else reads its gpt2 folders; mxtrain
+  safetensors, f32 f16 bf16  transformers and what else reads its folders; mxtrain
   safetensors, mxfp4         mxtrain, as f32 numbers: generate --weights mxfp4 makes the same codes of
                              them, and writes the texts of CHECKPOINT
   gguf                       llama.cpp and programs made with it
@@ -943,7 +1045,7 @@ Examples:
   mxtrain export model tuned --lora adapters
   mxtrain export model model-mxfp4.gguf --weights mxfp4")]
 pub(crate) struct ExportArgs {
-    /// Checkpoint folder, this program's or Hugging Face's gpt2
+    /// Checkpoint folder, this program's or Hugging Face's
     pub(crate) checkpoint: PathBuf,
 
     /// What to write: a folder, or a file of GGUF

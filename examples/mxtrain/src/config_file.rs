@@ -129,11 +129,11 @@ mod tests {
     fn the_command_line_wins_over_the_file_and_the_file_over_defaults() {
         let toml = "lr = 2e-3\nlayers = 7\nschedule = \"linear\"\noverwrite = true\nclip = 2\n";
         let (train, parsed) = parse(toml, "mxtrain train --layers 3").unwrap();
-        assert_eq!(train.model.layers, 3);
+        assert_eq!(train.model.layers, Some(3));
         assert_eq!(train.optimizer.lr, Some(2e-3));
         assert_eq!(train.optimizer.clip, Some(2.0));
         assert_eq!(train.optimizer.schedule, mxfp4train::ScheduleKind::Linear);
-        assert_eq!(train.model.heads, 4);
+        assert_eq!(train.model.heads, None);
         assert!(train.start.overwrite);
         assert!(parsed.given("lr") && !parsed.given("heads"));
         let (train, _) =

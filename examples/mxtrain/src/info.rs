@@ -8,7 +8,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use indicatif::{HumanBytes, HumanCount};
-use mxfp4train::{Dataset, Model, ModelConfig, ModelFiles, StoredTensor, Trainer};
+use mxfp4train::{
+    Architecture, Dataset, Model, ModelConfig, ModelFiles, Rope, RopeScaling, StoredTensor, Trainer,
+};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::cli::InfoArgs;
@@ -26,7 +28,7 @@ pub(crate) fn run(args: &InfoArgs) -> Outcome<ExitCode> {
     let about = if Meta::is_in(path) {
         About::Data(prepared(path)?)
     } else if is_checkpoint(path) {
-        About::Checkpoint(checkpoint(path)?)
+        About::Checkpoint(Box::new(checkpoint(path)?))
     } else if path.is_dir() {
         return Err(neither(path));
     } else {
@@ -63,7 +65,7 @@ fn neither(dir: &Path) -> Failure {
 #[derive(Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 enum About {
-    Checkpoint(Checkpoint),
+    Checkpoint(Box<Checkpoint>),
     Data(Prepared),
 }
 
@@ -87,6 +89,7 @@ struct Checkpoint {
 /// GPT-2's.
 #[derive(Serialize)]
 struct Config {
+    architecture: String,
     vocab_size: usize,
     n_positions: usize,
     n_layer: usize,
@@ -103,26 +106,58 @@ struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     scale_attn_by_inverse_layer_idx: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    num_key_value_heads: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    head_dim: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    qkv_bias: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    qk_norm: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rope: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     lora: Option<String>,
 }
 
 impl From<&ModelConfig> for Config {
     fn from(config: &ModelConfig) -> Self {
         let gpt2 = ModelConfig::default();
+        let is_llama = config.architecture == Architecture::Llama;
         Self {
+            architecture: config.architecture.to_string(),
             vocab_size: config.vocab_size,
             n_positions: config.context_length,
             n_layer: config.layers,
             n_head: config.heads,
             n_embd: config.channels,
-            n_inner: (config.mlp_channels != 0).then_some(config.mlp_channels),
+            n_inner: (config.mlp_channels != 0 || is_llama).then(|| config.mlp_width()),
             activation_function: (config.activation != gpt2.activation)
                 .then(|| config.activation.to_string()),
             tie_word_embeddings: (!config.tied_head).then_some(false),
             scale_attn_weights: (!config.scale_attention).then_some(false),
             scale_attn_by_inverse_layer_idx: config.scale_attention_by_layer.then_some(true),
+            num_key_value_heads: (config.kv_heads != 0).then_some(config.kv_heads),
+            head_dim: (config.head_size != 0).then_some(config.head_size),
+            qkv_bias: config.qkv_bias.then_some(true),
+            qk_norm: config.qk_norm.then_some(true),
+            rope: is_llama.then(|| rope_in_words(&config.rope)),
             lora: config.lora.as_ref().map(adapters_in_words),
         }
+    }
+}
+
+/// Rotary positions for people.
+fn rope_in_words(rope: &Rope) -> String {
+    let theta = rope.theta;
+    match rope.scaling {
+        RopeScaling::None => format!("rotary positions of {theta}"),
+        RopeScaling::Linear { factor } => {
+            format!("rotary positions of {theta}, stretched {factor} times")
+        }
+        RopeScaling::Llama3 { factor, original_context, .. } => format!(
+            "rotary positions of {theta}, stretched {factor} times from {original_context} on as in \
+             Llama 3"
+        ),
     }
 }
 
@@ -135,7 +170,12 @@ impl Config {
         let plain = self.scale_attn_weights.map(|_| "unscaled attention".to_owned());
         let layer = self.scale_attn_by_inverse_layer_idx;
         let layer = layer.map(|_| "attention scaled by layer".to_owned());
-        [inner, form, head, plain, layer, self.lora.clone()]
+        let kv = self.num_key_value_heads.map(|heads| format!("{heads} heads of keys and values"));
+        let size = self.head_dim.map(|size| format!("heads of {size} channels"));
+        let bias = self.qkv_bias.map(|_| "biases of q, k and v".to_owned());
+        let norms = self.qk_norm.map(|_| "norms of q and k".to_owned());
+        let rope = self.rope.clone();
+        [kv, size, inner, form, bias, norms, rope, head, plain, layer, self.lora.clone()]
             .into_iter()
             .flatten()
             .map(|text| format!(", {text}"))
@@ -257,8 +297,9 @@ impl Checkpoint {
     fn text(&self, with_tensors: bool) -> String {
         let c = &self.config;
         let mut text = format!(
-            "model       GPT-2, {} layers x {} channels x {} heads, context {}, vocabulary {}{}\n\
+            "model       {}, {} layers x {} channels x {} heads, context {}, vocabulary {}{}\n\
              parameters  {}\n",
+            if c.architecture == "gpt2" { "GPT-2" } else { "Llama" },
             c.n_layer,
             c.n_embd,
             c.n_head,

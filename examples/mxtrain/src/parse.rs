@@ -115,7 +115,7 @@ mod tests {
         let Command::Train(train) = parsed.cli.command else { panic!() };
         assert_eq!(
             (train.optimizer.lr, train.optimizer.steps, train.model.layers),
-            (Some(2.0), 5, 4)
+            (Some(2.0), 5, None)
         );
     }
 

@@ -252,8 +252,34 @@ impl TokenizerFile {
         self.of_documents.decode(tokens, false).unwrap_or_default()
     }
 
-    fn name(&self, token: u32) -> Option<String> {
+    /// What a token is called in the file.
+    pub(crate) fn name(&self, token: u32) -> Option<String> {
         self.of_documents.id_to_token(token)
+    }
+
+    /// The token of that name.
+    pub(crate) fn token(&self, name: &str) -> Option<u32> {
+        self.of_documents.token_to_id(name)
+    }
+
+    /// What is done to a text before it is split.
+    pub(crate) fn normalizers(&self) -> Vec<Value> {
+        let of = serde_json::to_value(self.of_documents.get_normalizer());
+        parts(&of.expect("it was JSON"), "normalizers").into_iter().cloned().collect()
+    }
+
+    /// How a text is split.
+    pub(crate) fn splits(&self) -> Vec<Value> {
+        let of = serde_json::to_value(self.of_documents.get_pre_tokenizer());
+        parts(&of.expect("it was JSON"), "pretokenizers").into_iter().cloned().collect()
+    }
+
+    /// A file that lies beside it; null where there is none.
+    pub(crate) fn beside(&self, name: &str) -> Outcome<Value> {
+        match self.contents.get(name) {
+            Some(bytes) => files::parse_json(&self.dir().join(name), bytes),
+            None => Ok(Value::Null),
+        }
     }
 
     fn end(&self, token: u32) -> End {
@@ -279,13 +305,7 @@ impl TokenizerFile {
     /// What the files beside it say, else a token that is called as such are.
     fn end_of_files(&self, is_alone: bool) -> Outcome<Option<End>> {
         let id = |name: &str| self.of_documents.token_to_id(name);
-        let json = |name: &str| -> Outcome<Value> {
-            match self.contents.get(name) {
-                Some(bytes) => files::parse_json(&self.dir().join(name), bytes),
-                None => Ok(Value::Null),
-            }
-        };
-        let config = json(TOKENIZER_CONFIG)?;
+        let config = self.beside(TOKENIZER_CONFIG)?;
         // With its properties, in older files.
         let called = &config["eos_token"];
         let called = called.as_str().or_else(|| called["content"].as_str());
@@ -296,7 +316,7 @@ impl TokenizerFile {
             true => None,
             false => files::read_json(&self.dir().join("config.json"))?,
         };
-        for config in [of_model.unwrap_or_default(), json(GENERATION)?] {
+        for config in [of_model.unwrap_or_default(), self.beside(GENERATION)?] {
             let ids = &config["eos_token_id"];
             let token = ids.as_u64().or_else(|| ids[0].as_u64());
             if let Some(token) = token.filter(|token| *token < self.vocab_size as u64) {

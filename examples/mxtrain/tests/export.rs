@@ -3,14 +3,19 @@
 //! dev/llama-cpp.sh and dev/check_transformers.py have these programs read them.
 
 mod common;
+#[path = "common/tokenizers.rs"]
+mod samples;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::f64::consts::PI;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use mxfp4train::{Architecture, Engine, EngineOptions, Model, ModelConfig, Rope, RopeScaling};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokenizers::Tokenizer;
 
 use common::{failed, refuse, run, succeed};
 
@@ -337,6 +342,468 @@ fn a_file_in_mxfp4_has_the_blocks_of_the_folder() {
     assert!(largest / scale < 8.0 && largest / scale > 2.0, "{largest} by {scale}");
 }
 
+/// Llama's blocks, in sizes that tell rows from columns and heads from what they are made of.
+fn llama() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        vocab_size: 640,
+        context_length: 48,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        channels: 64,
+        mlp_channels: 96,
+        layer_norm_epsilon: 1e-6,
+        ..ModelConfig::default()
+    }
+}
+
+/// A folder with a model, of which no two numbers are the same, in `model`, and its tokenizer.
+fn folder_of(config: &ModelConfig, tokenizer: &Value, end: &str) -> (TempDir, Model) {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::new(EngineOptions::default()).unwrap();
+    let model = Model::new(&engine, config).unwrap();
+    for info in model.tensors() {
+        let mut values = vec![0.0; info.shape.iter().product()];
+        model.read_tensor(&info.name, &mut values).unwrap();
+        let count = values.len() as f32;
+        (values.iter_mut().enumerate()).for_each(|(i, v)| *v += i as f32 / (8.0 * count));
+        model.write_tensor(&info.name, &values).unwrap();
+    }
+    model.save(&dir.path().join("model")).unwrap();
+    put(dir.path(), "tokenizer.json", tokenizer);
+    put(dir.path(), "tokenizer_config.json", &json!({"eos_token": end}));
+    (dir, model)
+}
+
+/// Puts a file beside the model.
+fn put(dir: &Path, name: &str, contents: &Value) {
+    fs::write(dir.join("model").join(name), contents.to_string()).unwrap();
+}
+
+/// A tensor of the model by the name that files have for it, and how it lies in a file.
+fn values(model: &Model, name: &str, count: usize) -> Vec<f32> {
+    let mut values = vec![0.0; count];
+    model.read_tensor(name, &mut values).unwrap();
+    values
+}
+
+/// Rows of heads of `size`, the second half of each between the first.
+fn paired(values: &[f32], width: usize, size: usize) -> Vec<f32> {
+    let row = |row: usize| {
+        let (head, i) = (row / size, row % size);
+        let from = head * size + i / 2 + (i % 2) * (size / 2);
+        values[from * width..][..width].to_vec()
+    };
+    (0..values.len() / width).flat_map(row).collect()
+}
+
+/// Names, shapes and numbers of a Llama, of Qwen2 with its biases and of Qwen3 with its norms, whose
+/// heads are wider than the model.
+#[test]
+fn files_of_llamas_have_llama_cpps_names_and_order() {
+    let qwen3 = ModelConfig { qk_norm: true, head_size: 24, tied_head: false, ..llama() };
+    let qwen2 = ModelConfig { qkv_bias: true, ..llama() };
+    let wide = ModelConfig { head_size: 24, ..llama() };
+    for (architecture, config) in
+        [("llama", llama()), ("llama", wide), ("qwen2", qwen2), ("qwen3", qwen3)]
+    {
+        let (dir, model) = folder_of(&config, &samples::llama3(), "<|end|>");
+        let dir = dir.path();
+        succeed(dir, "export model f32.gguf --weights f32");
+        succeed(dir, "export model bf16.gguf");
+        succeed(dir, "export model f16.gguf --weights f16");
+        let [file, half, other] =
+            ["f32", "bf16", "f16"].map(|name| Gguf::read(&dir.join(format!("{name}.gguf"))));
+        let size = config.head_width();
+        for (key, value) in [
+            ("vocab_size", json!(640)),
+            ("context_length", json!(48)),
+            ("embedding_length", json!(64)),
+            ("block_count", json!(2)),
+            ("feed_forward_length", json!(96)),
+            ("attention.head_count", json!(4)),
+            ("attention.head_count_kv", json!(2)),
+            ("attention.key_length", json!(size)),
+            ("attention.value_length", json!(size)),
+            ("attention.layer_norm_rms_epsilon", json!(1e-6f32)),
+            ("rope.freq_base", json!(1e4f32)),
+            ("rope.dimension_count", json!(size)),
+        ] {
+            assert_eq!(file.keys[&format!("{architecture}.{key}")], value, "{key}");
+        }
+        assert_eq!(file.keys["general.architecture"], architecture);
+        assert_eq!(file.keys.keys().filter(|key| key.starts_with(architecture)).count(), 12);
+
+        let (q, kv) = (4 * size, 2 * size);
+        let mut tensors = vec![
+            ("token_embd.weight".to_owned(), "model.embed_tokens.weight".to_owned(), vec![64, 640]),
+            ("output_norm.weight".into(), "model.norm.weight".into(), vec![64]),
+        ];
+        if !config.tied_head {
+            tensors.push(("output.weight".into(), "lm_head.weight".into(), vec![64, 640]));
+        }
+        for layer in 0..2 {
+            let mut add = |theirs: &str, ours: &str, shape: &[usize]| {
+                let names =
+                    (format!("blk.{layer}.{theirs}"), format!("model.layers.{layer}.{ours}"));
+                tensors.push((names.0, names.1, shape.to_vec()));
+            };
+            add("attn_norm.weight", "input_layernorm.weight", &[64]);
+            add("attn_q.weight", "self_attn.q_proj.weight", &[64, q]);
+            add("attn_k.weight", "self_attn.k_proj.weight", &[64, kv]);
+            add("attn_v.weight", "self_attn.v_proj.weight", &[64, kv]);
+            add("attn_output.weight", "self_attn.o_proj.weight", &[q, 64]);
+            add("ffn_norm.weight", "post_attention_layernorm.weight", &[64]);
+            add("ffn_gate.weight", "mlp.gate_proj.weight", &[64, 96]);
+            add("ffn_up.weight", "mlp.up_proj.weight", &[64, 96]);
+            add("ffn_down.weight", "mlp.down_proj.weight", &[96, 64]);
+            if config.qkv_bias {
+                add("attn_q.bias", "self_attn.q_proj.bias", &[q]);
+                add("attn_k.bias", "self_attn.k_proj.bias", &[kv]);
+                add("attn_v.bias", "self_attn.v_proj.bias", &[kv]);
+            }
+            if config.qk_norm {
+                add("attn_q_norm.weight", "self_attn.q_norm.weight", &[size]);
+                add("attn_k_norm.weight", "self_attn.k_norm.weight", &[size]);
+            }
+        }
+        assert_eq!(file.tensors.len(), tensors.len());
+        for (theirs, ours, shape) in tensors {
+            let mut expected = values(&model, &ours, shape.iter().product());
+            let is_turned = theirs.ends_with("attn_q.weight") || theirs.ends_with("attn_k.weight");
+            if architecture == "llama" && is_turned {
+                let kept = expected.clone();
+                expected = paired(&kept, 64, size);
+                // The first rows of a head are the first of both halves.
+                assert!(expected[..64] == kept[..64]);
+                assert!(expected[64..128] == kept[64 * size / 2..][..64]);
+                assert!(expected[64 * size..][..64] == kept[64 * size..][..64]);
+            }
+            let shape: Vec<_> = shape.iter().map(|size| *size as u64).collect();
+            assert!(file.floats(&theirs, &shape) == expected, "{architecture}: {theirs}");
+            if shape.len() == 1 {
+                assert!(half.floats(&theirs, &shape) == expected, "{theirs}");
+                continue;
+            }
+            let bytes = [
+                expected.iter().flat_map(|v| bf16(*v)).collect::<Vec<u8>>(),
+                expected.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+            ];
+            for (file, kind, bytes) in [(&half, 30, &bytes[0]), (&other, 1, &bytes[1])] {
+                let (found, dimensions, data) = &file.tensors[&theirs];
+                assert_eq!((*found, dimensions), (kind, &shape), "{theirs}");
+                assert!(data[..bytes.len()] == *bytes, "{theirs}");
+            }
+        }
+    }
+}
+
+/// Blocks are those of the folder in MXFP4, rows of q and k in llama.cpp's order.
+#[test]
+fn files_of_llamas_in_mxfp4_have_the_blocks_of_the_folder() {
+    let (dir, model) = folder_of(&llama(), &samples::llama3(), "<|end|>");
+    let dir = dir.path();
+    succeed(dir, "export model small.gguf --weights mxfp4");
+    succeed(dir, "export model small --weights mxfp4");
+    let (file, stored) = (Gguf::read(&dir.join("small.gguf")), safetensors(&dir.join("small")));
+    assert_eq!(file.keys["general.file_type"], 38);
+    for (theirs, ours, [outputs, inputs], size) in [
+        ("attn_q", "self_attn.q_proj", [64, 64], 16),
+        ("attn_k", "self_attn.k_proj", [32, 64], 16),
+        ("attn_v", "self_attn.v_proj", [32, 64], 0),
+        ("attn_output", "self_attn.o_proj", [64, 64], 0),
+        ("ffn_gate", "mlp.gate_proj", [96, 64], 0),
+        ("ffn_up", "mlp.up_proj", [96, 64], 0),
+        ("ffn_down", "mlp.down_proj", [64, 96], 0),
+    ] {
+        let (kind, shape, bytes) = &file.tensors[&format!("blk.1.{theirs}.weight")];
+        assert_eq!((*kind, &shape[..]), (39, &[inputs, outputs].map(|n| n as u64)[..]), "{theirs}");
+        let name = format!("model.layers.1.{ours}.weight");
+        let (codes, scales) = (&stored[&name].2, &stored[&format!("{name}.scales")].2);
+        let blocks = inputs / BLOCK;
+        for row in 0..outputs {
+            let from = match size {
+                0 => row,
+                size => row / size * size + row % size / 2 + row % 2 * (size / 2),
+            };
+            for block in 0..blocks {
+                let found = &bytes[(row * blocks + block) * 17..][..17];
+                assert_eq!(found[0], scales[from * blocks + block], "{theirs}");
+                for i in 0..BLOCK {
+                    let code =
+                        codes[((from * blocks + block) * BLOCK + i) / 2] >> (4 * (i % 2)) & 15;
+                    assert_eq!(found[1 + i % 16] >> (4 * (i / 16)) & 15, code, "{theirs}");
+                }
+            }
+        }
+    }
+    assert_eq!([file.tensors["output.weight"].0, file.tensors["token_embd.weight"].0], [39, 30]);
+    let norm = values(&model, "model.layers.1.input_layernorm.weight", 64);
+    assert_eq!(file.floats("blk.1.attn_norm.weight", &[64]), norm);
+}
+
+/// Positions that are stretched evenly are a key, those of Llama 3.1 a tensor.
+#[test]
+fn stretched_positions_are_told() {
+    let scaling = RopeScaling::Linear { factor: 4.0 };
+    let linear = ModelConfig { rope: Rope { theta: 5e5, scaling }, ..llama() };
+    let (dir, _) = folder_of(&linear, &samples::llama3(), "<|end|>");
+    succeed(dir.path(), "export model out.gguf");
+    let Gguf { keys, tensors } = Gguf::read(&dir.path().join("out.gguf"));
+    assert_eq!(keys["llama.rope.scaling.type"], "linear");
+    assert_eq!(keys["llama.rope.scaling.factor"], 4.0);
+    assert_eq!(keys["llama.rope.freq_base"], 5e5);
+    assert!(!tensors.contains_key("rope_freqs.weight"));
+
+    let scaling = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original_context: 128 };
+    let rope = Rope { theta: 1e4, scaling };
+    let (dir, _) = folder_of(&ModelConfig { rope, ..llama() }, &samples::llama3(), "<|end|>");
+    succeed(dir.path(), "export model out.gguf");
+    let file = Gguf::read(&dir.path().join("out.gguf"));
+    assert!(!file.keys.contains_key("llama.rope.scaling.type"));
+    let factors = file.floats("rope_freqs.weight", &[8]);
+    let expected = (0..8).map(|pair| {
+        let turns = 128.0 * 1e4f64.powf(-f64::from(pair) / 8.0) / (2.0 * PI);
+        let smooth = ((turns - 1.0) / 3.0).clamp(0.0, 1.0);
+        1.0 / ((1.0 - smooth) / 8.0 + smooth)
+    });
+    for (found, expected) in factors.iter().zip(expected) {
+        assert!((f64::from(*found) / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+    }
+    assert_eq!((factors[0], factors[7]), (1.0, 8.0));
+    assert!(factors[2] > 1.0 && factors[2] < 8.0);
+    // llama.cpp would not look at the tensor.
+    let (dir, _) =
+        folder_of(&ModelConfig { rope, qk_norm: true, ..llama() }, &samples::llama3(), "<|end|>");
+    let error = refuse(dir.path(), "export model out.gguf");
+    assert!(error.contains("llama.cpp's qwen3 has no positions that are stretched as"), "{error}");
+}
+
+/// A `tokenizer.json` with a pattern in the place of Llama 3's.
+fn with_pattern(pattern: &str, takes_whole: bool) -> Value {
+    let mut file = samples::llama3();
+    file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern.into();
+    file["model"]["ignore_merges"] = takes_whole.into();
+    file
+}
+
+#[test]
+fn tokens_of_a_file_are_told_with_the_name_of_their_pattern() {
+    let mut file = with_pattern(samples::PATTERN, true);
+    let added = file["added_tokens"].as_array_mut().unwrap();
+    for (id, content) in [(500, "<|tool|>"), (501, "\u{2581}and "), (502, "<pad>")] {
+        added.push(json!({
+            "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": content == "<pad>",
+        }));
+    }
+    let (dir, _) = folder_of(&llama(), &file, "<|end|>");
+    let dir = dir.path();
+    put(
+        dir,
+        "tokenizer_config.json",
+        &json!({
+            "bos_token": {"content": "<|begin|>"}, "eos_token": "<|end|>", "pad_token": "<pad>",
+            "chat_template": "{{ messages }}",
+        }),
+    );
+    put(dir, "generation_config.json", &json!({"eos_token_id": [1, 2]}));
+    succeed(dir, "export model out.gguf");
+    let keys = Gguf::read(&dir.join("out.gguf")).keys;
+    for (key, value) in [
+        ("tokenizer.ggml.model", json!("gpt2")),
+        ("tokenizer.ggml.pre", json!("llama-bpe")),
+        ("tokenizer.ggml.bos_token_id", json!(0)),
+        ("tokenizer.ggml.eos_token_id", json!(1)),
+        ("tokenizer.ggml.eot_token_id", json!(2)),
+        ("tokenizer.ggml.padding_token_id", json!(502)),
+        ("tokenizer.ggml.add_bos_token", json!(true)),
+        ("tokenizer.ggml.add_eos_token", json!(false)),
+        ("tokenizer.chat_template", json!("{{ messages }}")),
+    ] {
+        assert_eq!(keys[key], value, "{key}");
+    }
+    let (tokens, kinds) = (&keys["tokenizer.ggml.tokens"], &keys["tokenizer.ggml.token_type"]);
+    assert_eq!([tokens, kinds].map(|list| list.as_array().unwrap().len()), [640; 2]);
+    let vocabulary = file["model"]["vocab"].as_object().unwrap();
+    assert_eq!(vocabulary.len(), 500);
+    for (token, id) in vocabulary {
+        let id = id.as_u64().unwrap() as usize;
+        assert_eq!((&tokens[id], &kinds[id]), (&json!(token), &json!(if id < 3 { 3 } else { 1 })));
+    }
+    for (id, token, kind) in [
+        (500, "<|tool|>", 3),
+        (501, " and ", 4),
+        (502, "<pad>", 3),
+        (503, "[PAD503]", 5),
+        (639, "[PAD639]", 5),
+    ] {
+        assert_eq!((&tokens[id], &kinds[id]), (&json!(token), &json!(kind)), "{id}");
+    }
+    let merges: Vec<_> = (file["model"]["merges"].as_array().unwrap().iter())
+        .map(|pair| format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()))
+        .collect();
+    assert!(merges.len() > 200);
+    assert_eq!(keys["tokenizer.ggml.merges"], json!(merges));
+    // As older files write them.
+    file["model"]["merges"] = json!(merges);
+    put(dir, "tokenizer.json", &file);
+    succeed(dir, "export model out.gguf --overwrite");
+    assert_eq!(Gguf::read(&dir.join("out.gguf")).keys["tokenizer.ggml.merges"], json!(merges));
+
+    let qwen2 = samples::PATTERN.replace("{1,3}", "");
+    for (file, expected, begins) in [
+        (with_pattern(samples::PATTERN, false), "smaug-bpe", true),
+        (with_pattern(&qwen2, false), "qwen2", true),
+        (samples::smol(), "smollm", false),
+    ] {
+        put(dir, "tokenizer.json", &file);
+        succeed(dir, "export model out.gguf --overwrite");
+        let keys = Gguf::read(&dir.join("out.gguf")).keys;
+        assert_eq!(keys["tokenizer.ggml.pre"], expected);
+        assert_eq!(keys["tokenizer.ggml.add_bos_token"], begins);
+    }
+    let other = r"\S+|\s+";
+    let mut strips = samples::llama3();
+    strips["normalizer"] = json!({"type": "Strip", "strip_left": true, "strip_right": true});
+    for (file, expected) in [
+        (
+            with_pattern(other, false),
+            r#"the splitting pattern "\\S+|\\s+", for which no name of l"#,
+        ),
+        (with_pattern(&qwen2, true), "ignore_merges beside the splitting pattern"),
+        (strips, r#"the normalizer "Strip", for which"#),
+    ] {
+        put(dir, "tokenizer.json", &file);
+        let error = refuse(dir, "export model new.gguf");
+        assert!(error.contains(expected), "{error}");
+        assert!(error.contains("--format safetensors, and convert the folder with"), "{error}");
+    }
+    succeed(dir, "export model copy");
+}
+
+/// All splits of every token into two, in the order of tokens, as converters of SentencePiece's
+/// models make merges.
+fn all_merges(file: &Value) -> Value {
+    let vocabulary = file["model"]["vocab"].as_object().unwrap();
+    let mut tokens: Vec<_> = vocabulary.iter().map(|(token, id)| (id.as_u64(), token)).collect();
+    tokens.sort_unstable();
+    let splits = |token: &'_ str| -> Vec<Value> {
+        let places = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
+        places
+            .filter(|(a, b)| vocabulary.contains_key(*a) && vocabulary.contains_key(*b))
+            .map(|(a, b)| json!([a, b]))
+            .collect()
+    };
+    tokens.into_iter().flat_map(|(_, token)| splits(token)).collect()
+}
+
+/// The tokens that SentencePiece's algorithm makes: the two neighbours that make the token with the
+/// highest score are joined first, of several the first two.
+fn by_scores(names: &[String], scores: &[f64], text: &str) -> Vec<String> {
+    let scores: HashMap<&str, f64> =
+        names.iter().map(String::as_str).zip(scores.iter().copied()).collect();
+    let mut parts: Vec<String> =
+        format!(" {text}").replace(' ', "\u{2581}").chars().map(String::from).collect();
+    loop {
+        let mut best: Option<(f64, usize)> = None;
+        for i in 1..parts.len() {
+            let score = scores.get([&*parts[i - 1], &*parts[i]].concat().as_str());
+            if let Some(&score) = score
+                && best.is_none_or(|(most, _)| score > most)
+            {
+                best = Some((score, i));
+            }
+        }
+        let Some((_, i)) = best else { break };
+        let right = parts.remove(i);
+        parts[i - 1].push_str(&right);
+    }
+    let bytes = |part: String| match scores.contains_key(&*part) {
+        true => vec![part],
+        false => part.bytes().map(|byte| format!("<0x{byte:02X}>")).collect(),
+    };
+    parts.into_iter().flat_map(bytes).collect()
+}
+
+/// SentencePiece's tokens have scores where all that can be joined is merged in their order.
+#[test]
+fn scores_are_made_of_merges_that_are_made_of_scores() {
+    let mut file = samples::llama2();
+    let (dir, _) = folder_of(&llama(), &file, "</s>");
+    let dir = dir.path();
+    let error = refuse(dir, "export model out.gguf");
+    assert!(error.contains("llama.cpp has scores of tokens in place of merges, and"), "{error}");
+    assert!(
+        error.contains("but no merge of ") && error.ends_with("--format safetensors"),
+        "{error}"
+    );
+    file["model"]["merges"] = all_merges(&file);
+    put(dir, "tokenizer.json", &file);
+    put(dir, "tokenizer_config.json", &json!({"eos_token": "</s>", "unk_token": "<unk>"}));
+    succeed(dir, "export model out.gguf");
+    let keys = Gguf::read(&dir.join("out.gguf")).keys;
+    for (key, value) in [
+        ("tokenizer.ggml.model", json!("llama")),
+        ("tokenizer.ggml.pre", json!("default")),
+        ("tokenizer.ggml.bos_token_id", json!(1)),
+        ("tokenizer.ggml.eos_token_id", json!(2)),
+        ("tokenizer.ggml.unknown_token_id", json!(0)),
+        ("tokenizer.ggml.add_bos_token", json!(true)),
+        ("tokenizer.ggml.add_space_prefix", json!(true)),
+    ] {
+        assert_eq!(keys[key], value, "{key}");
+    }
+    assert!(!keys.contains_key("tokenizer.ggml.merges"));
+    let list = |name: &str| keys[&format!("tokenizer.ggml.{name}")].as_array().unwrap().clone();
+    let (tokens, kinds, scores) = (list("tokens"), list("token_type"), list("scores"));
+    assert_eq!([tokens.len(), kinds.len(), scores.len()], [640; 3]);
+    assert_eq!(kinds[..4], [2, 3, 3, 6]);
+    assert_eq!(
+        (&tokens[3 + 0x0a], &kinds[258], &kinds[259]),
+        (&json!("<0x0A>"), &json!(6), &json!(1))
+    );
+    assert_eq!((&tokens[639], &kinds[639]), (&json!("[PAD639]"), &json!(5)));
+    // Higher ones are joined first.
+    let is_joined = |id: &usize| tokens[*id].as_str().unwrap().chars().count() > 1;
+    let joined: Vec<_> =
+        (259..600).filter(is_joined).map(|id| scores[id].as_f64().unwrap()).collect();
+    assert!(joined.len() > 100);
+    assert!((0u32..).zip(&joined).all(|(n, score)| *score == -f64::from(n)));
+
+    let names: Vec<String> = tokens.iter().map(|t| t.as_str().unwrap().to_owned()).collect();
+    let scores: Vec<f64> = scores.iter().map(|score| score.as_f64().unwrap()).collect();
+    let tokenizer: Tokenizer = file.to_string().parse().unwrap();
+    for text in [include_str!("../../../tests/text/prose.txt"), " a  b\n\n naïve 語 <s"] {
+        for line in text.split_inclusive('\n') {
+            let expected = tokenizer.encode(line, false).unwrap();
+            assert_eq!(by_scores(&names, &scores, line), expected.get_tokens(), "{line:?}");
+        }
+    }
+
+    let merges = file["model"]["merges"].as_array().unwrap().clone();
+    let change = |change: &dyn Fn(&mut Value)| {
+        let mut file = file.clone();
+        change(&mut file);
+        put(dir, "tokenizer.json", &file);
+        refuse(dir, "export model new.gguf")
+    };
+    // A merge of the last token comes first.
+    let moved = |file: &mut Value| {
+        let last = &merges[merges.len() - 1..];
+        file["model"]["merges"] = [last, &merges[..]].concat().into();
+    };
+    let error = change(&moved);
+    assert!(error.contains("in several places of their order"), "{error}");
+    let error = change(&|file| file["normalizer"] = json!({"type": "NFKC"}));
+    assert!(error.contains("tokens for bytes, but not the spaces of Llama 2's"), "{error}");
+    let error = change(&|file| {
+        file["model"]["vocab"].as_object_mut().unwrap().remove("<0x0A>");
+    });
+    assert!(error.contains("no token <0x0A> beside others for bytes"), "{error}");
+}
+
 /// Tokens that were added to GPT-2's, and a second token that ends texts.
 #[test]
 fn added_tokens_and_other_ends_are_told() {
@@ -393,10 +860,6 @@ fn what_cannot_be_is_refused_with_the_remedy() {
         ("export model folder --format gguf", "folder: a folder, and --format gguf writes a file"),
         ("export model notes.gguf --overwrite", "notes.gguf: there is a file that is no GGUF, wh"),
         ("export model none/x.gguf", "cannot create none/x.gguf.tmp: No such file"),
-        (
-            "export foreign x.gguf",
-            "is written with GPT-2's tokens or bytes, this model has tokenizer.j",
-        ),
         ("export model x.gguf --tokenizer gpt2", "gpt2 has 50257 tokens, the checkpoint's vocab"),
         ("export exact x.gguf", "gelu_new alone, this model has gelu; choose --format safetensors"),
         (
@@ -408,10 +871,10 @@ fn what_cannot_be_is_refused_with_the_remedy() {
         assert!(error.contains(expected), "{line}: {error}");
     }
     assert!(!dir.join("new").exists() && !dir.join("x.gguf").exists());
-    // What is a stranger's to GGUF is none to transformers.
     succeed(dir, "export foreign copy");
     let [a, b] = ["foreign", "copy"].map(|at| fs::read(dir.join(at).join("tokenizer.json")));
     assert!(a.unwrap() == b.unwrap());
+    succeed(dir, "export foreign copy.gguf");
     succeed(dir, "export narrow narrow.gguf");
 }
 

@@ -7,7 +7,7 @@ use mxfp4train::Recipe;
 
 use crate::cli::{
     BatchArgs, DataArgs, MachineArgs, MeasureArgs, ModelArgs, OptimizerArgs, SeedArgs,
-    SharpnessArgs,
+    SharpnessArgs, VariantArgs,
 };
 
 #[derive(Debug, Args)]
@@ -63,6 +63,9 @@ pub(crate) struct CompareTrainArgs {
 
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) variant: VariantArgs,
 
     #[command(flatten)]
     pub(crate) batch: BatchArgs,

@@ -17,7 +17,6 @@ use super::RECIPES;
 use super::cli::CompareTrainArgs;
 use super::record::{self, CarriedRecord, DataRecord, Deviation, Origin, Point, Run, Settings};
 use super::unfinished::Unfinished;
-use crate::cli::VariantArgs;
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::machine;
@@ -41,7 +40,7 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
         )));
     }
     let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
-    let config = model_config(&args.model, &VariantArgs::default(), vocab_size)?;
+    let config = model_config(&args.model, &args.variant, vocab_size)?;
     data.check(config.vocab_size, args.batch.sequence_length.unwrap_or(config.context_length))?;
     fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
     // Every record is looked at before the first run, and its place: a mistake should not show

@@ -23,6 +23,7 @@ pub(crate) enum Value {
     Text(String),
     Texts(Vec<String>),
     Numbers(Vec<i32>),
+    Floats(Vec<f32>),
 }
 
 /// A tensor, before its numbers come.
@@ -97,6 +98,7 @@ fn put_text(to: &mut Vec<u8>, text: &str) {
 
 fn put_value(to: &mut Vec<u8>, value: &Value) {
     const I32: u32 = 5;
+    const F32: u32 = 6;
     const TEXT: u32 = 8;
     const ARRAY: u32 = 9;
     let mut kind = |kind: u32| to.extend(kind.to_le_bytes());
@@ -106,7 +108,7 @@ fn put_value(to: &mut Vec<u8>, value: &Value) {
             to.extend(value.to_le_bytes());
         }
         Value::F32(value) => {
-            kind(6);
+            kind(F32);
             to.extend(value.to_le_bytes());
         }
         Value::Bool(value) => {
@@ -124,6 +126,11 @@ fn put_value(to: &mut Vec<u8>, value: &Value) {
         }
         Value::Numbers(numbers) => {
             [ARRAY, I32].into_iter().for_each(kind);
+            put_count(to, numbers.len());
+            to.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+        }
+        Value::Floats(numbers) => {
+            [ARRAY, F32].into_iter().for_each(kind);
             put_count(to, numbers.len());
             to.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
         }
@@ -183,6 +190,7 @@ mod tests {
             ("e".to_owned(), Value::Bool(true)),
             ("f".to_owned(), Value::F32(1.5)),
             ("g".to_owned(), Value::Text(String::new())),
+            ("h".to_owned(), Value::Floats(vec![-2.5])),
         ];
         let tensor = |name: &str, shape: &[usize], stored| Tensor {
             name: name.into(),
@@ -198,13 +206,14 @@ mod tests {
         let u64s = |n: u64| n.to_le_bytes().to_vec();
         let text = |text: &str| [u64s(text.len() as u64), text.as_bytes().to_vec()].concat();
         let mut expected = [
-            [b"GGUF".to_vec(), u32s(3), u64s(3), u64s(6)].concat(),
+            [b"GGUF".to_vec(), u32s(3), u64s(3), u64s(7)].concat(),
             [text("a"), u32s(4), u32s(7)].concat(),
             [text("bc"), u32s(9), u32s(8), u64s(2), text("x"), text("yz")].concat(),
             [text("d"), u32s(9), u32s(5), u64s(1), u32s(u32::MAX)].concat(),
             [text("e"), u32s(7), vec![1]].concat(),
             [text("f"), u32s(6), 1.5f32.to_le_bytes().to_vec()].concat(),
             [text("g"), u32s(8), text("")].concat(),
+            [text("h"), u32s(9), u32s(6), u64s(1), (-2.5f32).to_le_bytes().to_vec()].concat(),
             [text("v"), u32s(1), u64s(3), u32s(0), u64s(0)].concat(),
             // 12 bytes before it, and 34 of its own.
             [text("w"), u32s(2), u64s(32), u64s(2), u32s(39), u64s(32)].concat(),

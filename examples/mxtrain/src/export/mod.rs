@@ -3,9 +3,15 @@
 //! A folder of safetensors is written by the library, as checkpoints are, and the tokenizer's files
 //! are put beside it. A GGUF file is written tensor by tensor under a temporary name, and renamed
 //! when it is whole. docs/hugging-face.md says what reads them.
+//!
+//! In a GGUF file in MXFP4 the token embedding is bf16, and the head MXFP4, so a tied head is
+//! stored as well: layers and head are those of `mxtrain generate --weights mxfp4`, whose embedding
+//! is f32.
 
 mod gguf;
 mod gpt2;
+mod llama;
+mod vocabulary;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -14,7 +20,8 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use indicatif::{HumanBytes, HumanCount};
-use mxfp4train::{Model, ModelConfig};
+use mxfp4train::formats::BLOCK;
+use mxfp4train::{Architecture, Model, ModelConfig, StoredWeights};
 
 use crate::cli::{ExportArgs, MachineArgs};
 use crate::console;
@@ -26,6 +33,7 @@ use crate::run_file;
 use crate::signals::Signals;
 use crate::tokens_file::{create_anew, temporary_name};
 use crate::train::{adapters_in_words, is_checkpoint};
+use gguf::{Tensor, Value};
 
 /// What is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -204,38 +212,156 @@ fn write_folder(args: &ExportArgs, model: &Model) -> Outcome {
     Ok(())
 }
 
+/// What the numbers of a tensor of a file are made from.
+enum Origin {
+    /// A tensor of the model, by Hugging Face's name.
+    Tensor { name: String, order: Order },
+    /// Numbers that are no weights.
+    Numbers(Vec<f32>),
+}
+
+/// How the numbers of a tensor lie in a file.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Order {
+    /// As in the model.
+    Same,
+    /// Rows and columns change places.
+    Turned,
+    /// Rows i and i + D/2 of each of so many heads become neighbours.
+    Paired { heads: usize },
+}
+
+impl Origin {
+    fn of(name: &str) -> Self {
+        Self::Tensor { name: name.to_owned(), order: Order::Same }
+    }
+
+    /// What errors call it.
+    fn name(&self) -> &str {
+        match self {
+            Self::Tensor { name, .. } => name,
+            Self::Numbers(_) => llama::FREQUENCIES,
+        }
+    }
+
+    /// Reads the numbers of a tensor of this shape, by way of `other`.
+    fn read(
+        &self,
+        model: &Model,
+        shape: &[usize],
+        values: &mut Vec<f32>,
+        other: &mut Vec<f32>,
+    ) -> Outcome {
+        let (name, order) = match self {
+            Self::Tensor { name, order } => (name, *order),
+            Self::Numbers(numbers) => {
+                values.clone_from(numbers);
+                return Ok(());
+            }
+        };
+        values.resize(shape.iter().product(), 0.0);
+        model.read_tensor(name, values)?;
+        let &[outputs, inputs] = shape else { return Ok(()) };
+        match order {
+            Order::Same => return Ok(()),
+            Order::Turned => {
+                other.resize(values.len(), 0.0);
+                turn(values, other, [inputs, outputs]);
+            }
+            Order::Paired { heads } => {
+                other.clear();
+                pair(values, other, inputs, outputs / heads);
+            }
+        }
+        std::mem::swap(values, other);
+        Ok(())
+    }
+}
+
+/// The token embedding, and the head where it has no weights of its own and is stored nevertheless.
+fn embeddings(
+    name: &str,
+    shape: &[usize],
+    weights: StoredWeights,
+    is_tied: bool,
+) -> Vec<(Tensor, Origin)> {
+    let tensor = |name: &str, stored| Tensor { name: name.into(), shape: shape.into(), stored };
+    if weights != StoredWeights::Mxfp4 {
+        return vec![(tensor("token_embd.weight", weights), Origin::of(name))];
+    }
+    let mut tensors = vec![(tensor("token_embd.weight", StoredWeights::Bf16), Origin::of(name))];
+    tensors.extend(is_tied.then(|| (tensor("output.weight", weights), Origin::of(name))));
+    tensors
+}
+
+/// A failure for a model whose linear layers are not made of whole blocks, where a file has blocks.
+fn check_blocks(config: &ModelConfig, weights: StoredWeights) -> Outcome {
+    let widths = config.linears().map(|[inputs, _]| inputs);
+    match widths.iter().find(|width| !width.is_multiple_of(BLOCK)) {
+        Some(width) if weights == StoredWeights::Mxfp4 => Err(Failure::usage(format!(
+            "--weights mxfp4: GGUF has whole blocks of {BLOCK}, which do not divide this model's \
+             width {width}; choose bf16, or --format safetensors"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn number(n: usize) -> Value {
+    Value::U32(n as u32)
+}
+
+/// The keys of a file that say what it is.
+fn general(checkpoint: &Path, architecture: &str, weights: StoredWeights) -> Vec<(String, Value)> {
+    let text = |text: &str| Value::Text(text.to_owned());
+    let name = checkpoint.canonicalize().ok();
+    let name = name.as_deref().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
+    let file_type = match weights {
+        StoredWeights::F32 => 0,
+        StoredWeights::F16 => 1,
+        StoredWeights::Bf16 => 32,
+        StoredWeights::Mxfp4 => 38,
+    };
+    let keys = [
+        ("architecture", text(architecture)),
+        ("type", text("model")),
+        ("name", text(&name)),
+        ("file_type", Value::U32(file_type)),
+        // Of the types that are quantized, as ggml counts.
+        ("quantization_version", Value::U32(2)),
+    ];
+    keys.into_iter().map(|(key, value)| (format!("general.{key}"), value)).collect()
+}
+
 fn write_file(args: &ExportArgs, model: &Model, signals: &Signals) -> Outcome {
     let ExportArgs { checkpoint, out, weights, .. } = args;
     let config = model.config();
-    gpt2::check(config, *weights)?;
+    let architecture = match config.architecture {
+        Architecture::Gpt2 => gpt2::check(config).map(|()| "gpt2")?,
+        Architecture::Llama => llama::check(config)?,
+    };
+    check_blocks(config, *weights)?;
     let tokenizer = tokenizer_to_read(checkpoint, args.tokenizer.as_ref(), config.vocab_size)?;
-    if tokenizer.file().is_some() {
-        return Err(Failure::usage(format!(
-            "--format gguf: is written with GPT-2's tokens or bytes, this model has {tokenizer}; choose \
-             --format safetensors"
-        )));
-    }
-    let metadata = gpt2::metadata(checkpoint, config, &tokenizer, *weights)?;
-    let (tensors, origins): (Vec<_>, Vec<_>) =
-        gpt2::tensors(model.tensors(), *weights).into_iter().unzip();
+    let (keys, tensors) = match config.architecture {
+        Architecture::Gpt2 => (gpt2::keys(config), gpt2::tensors(model.tensors(), *weights)),
+        Architecture::Llama => (llama::keys(config), llama::tensors(config, *weights)),
+    };
+    let mut metadata = general(checkpoint, architecture, *weights);
+    metadata.extend(keys.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value)));
+    metadata.extend(vocabulary::keys(checkpoint, config.vocab_size, &tokenizer)?);
+    let (tensors, origins): (Vec<_>, Vec<_>) = tensors.into_iter().unzip();
     let mut file = Unfinished::create(out, signals)?;
     file.write(&gguf::header(&metadata, &tensors))?;
-    let (mut values, mut rows, mut bytes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut values, mut other, mut bytes) = (Vec::new(), Vec::new(), Vec::new());
     for (tensor, origin) in tensors.iter().zip(&origins) {
-        values.resize(tensor.shape.iter().product(), 0.0);
-        model.read_tensor(&origin.name, &mut values)?;
-        if let (true, [outputs, inputs]) = (origin.is_turned, &tensor.shape[..]) {
-            rows.resize(values.len(), 0.0);
-            turn(&values, &mut rows, [*inputs, *outputs]);
-            std::mem::swap(&mut values, &mut rows);
-        }
+        origin.read(model, &tensor.shape, &mut values, &mut other)?;
         for part in values.chunks(PIECE) {
             bytes.clear();
             gguf::encode(tensor.stored, part, &mut bytes).map_err(|value| {
                 Failure::usage(format!(
                     "--weights {}: tensor {} has the number {value:e}, which it does not have; \
                      choose f32",
-                    tensor.stored, origin.name
+                    tensor.stored,
+                    origin.name()
                 ))
             })?;
             file.write(&bytes)?;
@@ -259,6 +385,16 @@ fn turn(from: &[f32], to: &mut [f32], [rows, cols]: [usize; 2]) {
                     to[col * rows + row] = from[row * cols + col];
                 }
             }
+        }
+    }
+}
+
+/// Puts rows i and i + D/2 of every head of D (`size`) rows beside each other.
+fn pair(from: &[f32], to: &mut Vec<f32>, width: usize, size: usize) {
+    for head in from.chunks_exact(size * width) {
+        let (first, second) = head.split_at(head.len() / 2);
+        for (a, b) in first.chunks_exact(width).zip(second.chunks_exact(width)) {
+            to.extend(a.iter().chain(b));
         }
     }
 }

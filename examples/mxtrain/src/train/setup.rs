@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use indicatif::HumanCount;
 use mxfp4train::{
-    Dataset, Engine, Frozen, Lora, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule,
+    Dataset, Engine, Frozen, Lora, Model, ModelConfig, Optimizer, Plan, Recipe, Rope, Schedule,
     ScheduleKind, TokenDrop, Trainer, TrainerOptions,
 };
 
@@ -322,22 +322,62 @@ pub(crate) fn model_config(
     variant: &VariantArgs,
     vocab_size: usize,
 ) -> Outcome<ModelConfig> {
-    if variant.mlp_channels == Some(0) {
-        return Err(Failure::usage("--mlp-channels: expected a number from 1 on, got 0"));
+    for (option, given) in [
+        ("mlp-channels", variant.mlp_channels),
+        ("kv-heads", variant.kv_heads),
+        ("head-size", variant.head_size),
+    ] {
+        if given == Some(0) {
+            return Err(Failure::usage(format!("--{option}: expected a number from 1 on, got 0")));
+        }
     }
+    let begun = begun(args, variant)?;
+    let rope = Rope { theta: variant.rope_theta.unwrap_or(begun.rope.theta), ..begun.rope };
     let config = ModelConfig {
         vocab_size,
-        context_length: args.context,
-        layers: args.layers,
-        heads: args.heads,
-        channels: args.channels,
-        mlp_channels: variant.mlp_channels.unwrap_or(0),
-        activation: variant.activation,
-        tied_head: !variant.untied_head,
-        ..ModelConfig::default()
+        context_length: args.context.unwrap_or(begun.context_length),
+        layers: args.layers.unwrap_or(begun.layers),
+        heads: args.heads.unwrap_or(begun.heads),
+        kv_heads: variant.kv_heads.unwrap_or(begun.kv_heads),
+        head_size: variant.head_size.unwrap_or(begun.head_size),
+        channels: args.channels.unwrap_or(begun.channels),
+        mlp_channels: variant.mlp_channels.unwrap_or(begun.mlp_channels),
+        activation: if args.shape.is_some() { begun.activation } else { variant.activation },
+        qkv_bias: variant.qkv_bias || begun.qkv_bias,
+        qk_norm: variant.qk_norm || begun.qk_norm,
+        rope,
+        tied_head: begun.tied_head && !variant.untied_head,
+        ..begun
     };
     config.validate()?;
     Ok(config)
+}
+
+/// What options of sizes are put upon: a file's shape, a preset, or sizes for a first try.
+fn begun(args: &ModelArgs, variant: &VariantArgs) -> Outcome<ModelConfig> {
+    let (begun, option) = match (&args.shape, &args.preset) {
+        (Some(path), _) => (ModelConfig::read(path)?, "--shape"),
+        (None, Some(preset)) => (preset.config(), "--preset"),
+        (None, None) => {
+            let architecture = variant.arch.unwrap_or_default();
+            let (layers, heads, channels, context_length) = (4, 4, 128, 256);
+            return Ok(ModelConfig {
+                architecture,
+                layers,
+                heads,
+                channels,
+                context_length,
+                ..ModelConfig::default()
+            });
+        }
+    };
+    match variant.arch.filter(|arch| *arch != begun.architecture) {
+        None => Ok(begun),
+        Some(arch) => Err(Failure::usage(format!(
+            "{option}: of {}, and --arch says {arch}; leave one of them out",
+            begun.architecture
+        ))),
+    }
 }
 
 /// The vocabulary of a new model: what the user says, which may be rounded up, else the data's.
@@ -885,14 +925,30 @@ fn require_shape(args: &TrainArgs, parsed: &Parsed, config: &ModelConfig, origin
         ("heads", args.model.heads, config.heads),
         ("channels", args.model.channels, config.channels),
         ("context", args.model.context, config.context_length),
-        ("mlp-channels", args.variant.mlp_channels.unwrap_or(0), config.mlp_width()),
+        ("mlp-channels", args.variant.mlp_channels, config.mlp_width()),
+        ("kv-heads", args.variant.kv_heads, config.kv_head_count()),
+        ("head-size", args.variant.head_size, config.head_width()),
     ] {
-        if parsed.given(option) && wanted != found {
+        if let Some(wanted) = wanted.filter(|wanted| parsed.given(option) && *wanted != found) {
             return Err(Failure::usage(format!(
                 "--{option}: the checkpoint of {origin} has {found}, got {wanted}; leave the option \
                  out"
             )));
         }
+    }
+    let other = [
+        ("arch", args.variant.arch.is_some_and(|arch| arch != config.architecture)),
+        ("preset", args.model.preset.is_some()),
+        ("shape", args.model.shape.is_some()),
+        ("qkv-bias", args.variant.qkv_bias && !config.qkv_bias),
+        ("qk-norm", args.variant.qk_norm && !config.qk_norm),
+        ("rope-theta", args.variant.rope_theta.is_some_and(|theta| theta != config.rope.theta)),
+    ];
+    if let Some((option, _)) = other.iter().find(|(option, is)| *is && parsed.given(option)) {
+        return Err(Failure::usage(format!(
+            "--{option}: the checkpoint of {origin} is what it is, a {}; leave the option out",
+            config.architecture
+        )));
     }
     // Those of --init-from are made here.
     if origin == "--resume"

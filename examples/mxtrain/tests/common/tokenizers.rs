@@ -1,6 +1,6 @@
 //! Small tokenizers as models have them.
-// Unit tests share it, where nothing is anybody else's.
-#![allow(unreachable_pub)]
+// Unit tests share it, where nothing is anybody else's; each test file uses a part.
+#![allow(dead_code, unreachable_pub)]
 
 use serde_json::{Value, json};
 use tokenizers::models::TrainerWrapper;
