@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Shows that llama.cpp runs the models of `mxtrain export`: trains small ones on GPT-2's tokens and on bytes, exports
-# them to GGUF, and compares the files with those of llama.cpp's own converter and the texts that both programs write.
+# Shows that llama.cpp runs the models of `mxtrain export`: trains small ones on GPT-2's tokens and on bytes, GPT-2s and
+# models of the classes Llama, Qwen2 and Qwen3, exports them to GGUF, and compares the files with those of llama.cpp's
+# own converter and the texts that both programs write.
 #
 # In f32 and f16 the texts have to be the same. In bf16 and MXFP4 both round what they multiply weights with, each in
 # its own way, so that a token may win in one that is a close second in the other: at least half of them have to be.
@@ -100,25 +101,41 @@ compare() {
     esac
 }
 
+# train NAME TOKENIZER STEPS OPTIONS..
 train() {
     # Without runs of blanks, which a small model would write all the time. NOTE: a text that never changes. With
     # some texts the model finds two tokens alike but for a hundredth, and llama.cpp, which keeps keys and values in
     # f16, the other one of them likelier.
     tr -s ' \n-' < "$repository/tests/text/prose.txt" > text.txt
-    "$mxtrain" prepare text.txt --out "tokens-$1" --tokenizer "$1"
-    "$mxtrain" train --device cpu --data "tokens-$1" --out "$1" --overwrite --layers 2 --channels 64 --context 128 --batch-size 2 \
-        --lr 3e-3 --steps "$2" "${@:3}" > "train-$1.log" 2>&1
+    "$mxtrain" prepare text.txt --out "tokens-$2" --tokenizer "$2"
+    "$mxtrain" train --device cpu --data "tokens-$2" --out "$1" --overwrite --batch-size 2 --lr 3e-3 --steps "$3" "${@:4}" \
+        > "train-$1.log" 2>&1
 }
 
-train gpt2 "$steps" --vocab-size 50304
+# class NAME TOKENIZER VOCABULARY KEYS..: a model of one of transformers' classes, trained on from other weights
+class() {
+    LD_LIBRARY_PATH=$stubs "$python" "$repository/dev/make_oracle.py" "$1-first" "$3" 32 64 4 2 1 128 \
+        num_key_value_heads=2 intermediate_size=192 "${@:4}" > "class-$1.log" 2>&1
+    train "$1" "$2" "$steps" --init-from "$1-first"
+}
+
+train gpt2 gpt2 "$steps" --layers 2 --channels 64 --context 128 --vocab-size 50304
 # Its converter knows tokenizers by their tokens of one text, and that of bytes is not on its list.
-train bytes "$steps"
-for model in gpt2 bytes; do
+train bytes bytes "$steps" --layers 2 --channels 64 --context 128
+# Pairs of q and k change places, in heads that are wider than the model.
+class llama gpt2 50304 'model_type="llama"' head_dim=24 tie_word_embeddings=true bos_token_id=50256 eos_token_id=50256
+class stretched bytes 256 'model_type="llama"' 'rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0,
+    "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}'
+class qwen2 bytes 256 'model_type="qwen2"'
+# The only heads that transformers' reader of GGUF knows.
+class qwen3 bytes 256 'model_type="qwen3"' head_dim=128 tie_word_embeddings=true
+for model in gpt2 bytes llama stretched qwen2 qwen3; do
     for type in f32 f16 bf16 mxfp4; do
         "$mxtrain" export "$model" "$model-$type.gguf" --weights $type --overwrite
-        [[ $model != gpt2 || $type == mxfp4 ]] || convert $model $type
+        [[ ! $model =~ ^(gpt2|llama)$ || $type == mxfp4 ]] || convert $model $type
         compare $model $type
     done
+    [[ ! $model =~ ^qwen ]] || check "$model-f32.gguf" "$model"
     "$mxtrain" export "$model" "$model-mxfp4" --weights mxfp4 --overwrite
     check "$model-mxfp4.gguf" "$model-mxfp4"
 done
