@@ -15,12 +15,15 @@ use crate::failure::Outcome;
 use crate::fit::{Fit, Setting};
 use crate::machine;
 use crate::prepared::Meta;
-use crate::train::{Weights, check_lora, model_config, trainer_options, vocabulary};
+use crate::train::{
+    Weights, check_lora, model_config, trainer_options, vocabulary, vocabulary_of_shape,
+};
 
 /// Runs the command.
 pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
-    let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
+    let given = args.vocab_size.or(vocabulary_of_shape(&args.model)?);
+    let given = given.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
     check_lora(&args.lora)?;
     let config = ModelConfig { lora: args.lora.wanted(), ..config };

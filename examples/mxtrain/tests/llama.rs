@@ -121,6 +121,12 @@ fn a_shape_is_taken_from_a_file_of_the_hub() {
     succeed(dir, &format!("train --data data --out model --steps 2 {options}"));
     let config = &json(dir, "info model --json")["config"];
     assert_eq!((&config["head_dim"], &config["qk_norm"]), (&16.into(), &true.into()));
+    // Its vocabulary, too, unless another is given; which has to hold the data's.
+    let of_shape = json(dir, &format!("plan --json --shape {}", shape.display()));
+    let given = json(dir, &format!("plan --json --shape {} --vocab-size 113", shape.display()));
+    assert_eq!(of_shape["parameters"], given["parameters"]);
+    let error = refuse(dir, &format!("train --data data --out other --shape {}", shape.display()));
+    assert!(error.contains("tokenizer has 256 tokens, got 113"), "{error}");
     let error = refuse(dir, "plan --shape nowhere.json --vocab-size 9");
     assert!(error.contains("nowhere.json"), "{error}");
 }

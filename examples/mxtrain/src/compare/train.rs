@@ -26,7 +26,7 @@ use crate::tokenizer::Tokenizer;
 use crate::tokens_file::write_whole;
 use crate::train::{
     Data, Failures, LOST_ON_THE_SIDE, Side, Start, Weights, emulated, header, model_config,
-    trainer_options, vocabulary,
+    trainer_options, vocabulary, vocabulary_of_shape,
 };
 
 /// Runs the command.
@@ -39,7 +39,8 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
             data.name
         )));
     }
-    let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
+    let given = args.data.vocab_size.or(vocabulary_of_shape(&args.model)?);
+    let vocab_size = vocabulary(given, data.vocab_size)?;
     let config = model_config(&args.model, &args.variant, vocab_size)?;
     data.check(config.vocab_size, args.batch.sequence_length.unwrap_or(config.context_length))?;
     fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;

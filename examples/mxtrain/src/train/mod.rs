@@ -22,7 +22,7 @@ use mxfp4train::{
 
 pub(crate) use setup::{
     Data, Start, Weights, adapters_in_words, check_lora, is_checkpoint, model_config,
-    short_windows, trainer_options, vocabulary,
+    short_windows, trainer_options, vocabulary, vocabulary_of_shape,
 };
 
 use crate::cli::{ReportArgs, TrainArgs};

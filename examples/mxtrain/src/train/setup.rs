@@ -380,6 +380,12 @@ fn begun(args: &ModelArgs, variant: &VariantArgs) -> Outcome<ModelConfig> {
     }
 }
 
+/// The vocabulary that a file of --shape says.
+pub(crate) fn vocabulary_of_shape(args: &ModelArgs) -> Outcome<Option<usize>> {
+    let config = args.shape.as_deref().map(ModelConfig::read).transpose()?;
+    Ok(config.map(|config| config.vocab_size))
+}
+
 /// The vocabulary of a new model: what the user says, which may be rounded up, else the data's.
 pub(crate) fn vocabulary(given: Option<usize>, of_data: Option<usize>) -> Outcome<usize> {
     match (given, of_data) {
@@ -542,7 +548,8 @@ impl Start {
                          --init-from",
                     ));
                 }
-                let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
+                let given = args.data.vocab_size.or(vocabulary_of_shape(&args.model)?);
+                let vocab_size = vocabulary(given, data.vocab_size)?;
                 let config = model_config(&args.model, &args.variant, vocab_size)?;
                 let optimizer = Some(&args.optimizer);
                 let ranks = engine.size();
