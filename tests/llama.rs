@@ -304,6 +304,12 @@ fn what_is_not_supported_is_named() {
         (llama, "attention_bias", json!(true), ["attention_bias: expected false", "found true"]),
         (llama, "mlp_bias", json!(true), ["mlp_bias: expected false", "found true"]),
         (llama, "rope_parameters", yarn, ["\"default\", \"linear\" or \"llama3\"", "yarn"]),
+        (
+            llama,
+            "rope_parameters",
+            json!({ "full_attention": { "rope_type": "default" } }),
+            ["one set of numbers", "full_attention"],
+        ),
         (llama, "rope_parameters", json!(4), ["an object, or null", "found 4"]),
         (llama, "rope_parameters", half, ["partial_rotary_factor: expected 1", "found 0.5"]),
         (
@@ -349,6 +355,56 @@ fn what_is_not_supported_is_named() {
     assert!(error.contains("gate_proj.weight: expected shape [127, 48]"), "{error}");
     // A window over all positions is none.
     assert!(of(qwen3, "sliding_window", json!(64)).is_ok());
+}
+
+/// A part of what PEFT trained is no adapter.
+#[test]
+fn damaged_adapters_are_refused() {
+    let base = Model::load(&cpu(), &oracle("llama-tiny")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    base.with_lora(Lora { rank: 2, ..Lora::default() }).unwrap().save_lora(dir.path()).unwrap();
+    let path = dir.path().join("adapter_model.safetensors");
+    let whole = tensors(&path);
+    let load = |is_left_out: &dyn Fn(&str) -> bool| {
+        let left = whole.iter().filter(|(name, _)| !is_left_out(name));
+        let views = left.map(|(name, (dtype, shape, bytes))| {
+            (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+        });
+        safetensors::serialize_to_file(views, None, &path).unwrap();
+        base.load_lora(dir.path())
+    };
+    assert!(load(&|_| false).is_ok());
+    let missing = |part: &str| {
+        let error = load(&|name| name.contains(part)).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+        error
+    };
+    for part in ["0.self_attn.q_proj.lora_A", "1.self_attn.q_proj.lora_B", "0.mlp.up_proj.lora_A"] {
+        assert!(missing(part).contains("missing; every block has the same"), "{part}");
+    }
+    missing("0.self_attn.v_proj");
+    assert!(missing("self_attn.q_proj").contains("target_modules"));
+    assert!(missing("mlp.down_proj").contains("target_modules"));
+}
+
+/// transformers' class `llama` wants a width that heads divide; another of the same blocks does not.
+#[test]
+fn widths_that_heads_do_not_divide_are_of_another_class() {
+    let odd = ModelConfig { channels: 64, heads: 5, kv_heads: 0, head_size: 6, ..config() };
+    let (model, dir) = (Model::new(&cpu(), &odd).unwrap(), tempfile::tempdir().unwrap());
+    model.save(dir.path()).unwrap();
+    let text = fs::read_to_string(dir.path().join("config.json")).unwrap();
+    assert!(text.contains("\"MistralForCausalLM\"") && text.contains("\"sliding_window\": null"));
+    assert_eq!(Model::load(&cpu(), dir.path()).unwrap().config(), model.config());
+}
+
+#[test]
+fn patterns_of_parts_are_told_the_whole() {
+    let model = Model::new(&cpu(), &config()).unwrap();
+    let frozen = "*.q_proj.*".parse().unwrap();
+    let error = Trainer::new(&model, TrainerOptions { frozen, ..options("bf16") }).unwrap_err();
+    let said = "a part of one tensor in training, \"model.layers.0.self_attn.qkv_proj.weight\"";
+    assert!(error.to_string().contains(said), "{error}");
 }
 
 #[test]

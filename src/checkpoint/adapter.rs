@@ -25,7 +25,7 @@ const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
 /// In front of our names.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// Writes both files, or leaves those that are there untouched; `adapters` reads nothing else.
 ///
@@ -84,6 +84,8 @@ pub(crate) struct AdapterFiles<'a> {
     path: PathBuf,
     file: OpenFile<'a>,
     lora: Lora,
+    /// The modules that have one.
+    modules: Vec<&'static str>,
     /// What the file says of the rank.
     rank: usize,
     /// By how much that of ours is larger.
@@ -160,7 +162,7 @@ impl<'a> AdapterFiles<'a> {
             );
             return Err(Error::format(&path, message));
         }
-        check_targets(&config, &targets, &modules)?;
+        check_targets(&config, &targets, &modules, &modules_of(model).concat())?;
         let lora = Lora { rank, alpha, layers };
         lora.validate().map_err(|error| Error::format(&config, error.to_string()))?;
         let adapted = ModelConfig { lora: Some(lora), ..model.clone() };
@@ -179,7 +181,7 @@ impl<'a> AdapterFiles<'a> {
             );
             return Err(Error::mismatch(&path, message));
         }
-        let mut files = Self { path, file, lora, rank, stacked: 1 };
+        let mut files = Self { path, file, lora, modules, rank, stacked: 1 };
         files.stacked = files.with(model, |found| found.stacked(&infos(&adapted)?))?;
         files.lora.rank *= files.stacked;
         files.lora.alpha *= files.stacked as f32;
@@ -201,7 +203,8 @@ impl<'a> AdapterFiles<'a> {
             .filter_map(|name| Some((whole_name(config, name.strip_prefix(PREFIX)?), name)))
             .collect();
         let named = |name: &str| by_ours.get(name).map(|name| (*name).clone());
-        f(&Found { file: &file, named: &named, config, rank: self.rank })
+        let modules = &self.modules;
+        f(&Found { file: &file, named: &named, config, modules, rank: self.rank })
     }
 
     /// What it says of them.
@@ -272,8 +275,9 @@ struct Settings {
     targets: Vec<String>,
 }
 
-/// An error where PEFT would leave out modules that have tensors.
-fn check_targets(path: &Path, targets: &[String], modules: &[&str]) -> Result<()> {
+/// An error where PEFT would leave out modules that have tensors, or take those of `all` for adapted
+/// that have none.
+fn check_targets(path: &Path, targets: &[String], modules: &[&str], all: &[&str]) -> Result<()> {
     // Those of single blocks are modules that PEFT has found itself.
     let of_block = |target: &String| target.contains("h.") || target.contains("layers.");
     if targets.is_empty() || targets.iter().any(of_block) {
@@ -285,6 +289,12 @@ fn check_targets(path: &Path, targets: &[String], modules: &[&str]) -> Result<()
             rest.is_empty() || rest.ends_with('.')
         })
     };
+    if let Some(module) = all.iter().find(|module| is_target(module) && !modules.contains(module)) {
+        let message = format!(
+            "target_modules: {targets:?} names {module}, of which the file of tensors has no adapter"
+        );
+        return Err(Error::format(path, message));
+    }
     match modules.iter().find(|module| !is_target(module)) {
         None => Ok(()),
         Some(module) => {

@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 
+use super::adapter::PREFIX;
 use super::tensors::{FLOATS, TensorFile};
 use super::{Scratch, TensorRead};
 use crate::gpt::{ModelConfig, TensorInfo, TensorPart};
@@ -95,6 +96,8 @@ pub(super) struct Found<'a> {
     pub(super) file: &'a TensorFile<'a>,
     pub(super) named: &'a dyn Fn(&str) -> Option<String>,
     pub(super) config: &'a ModelConfig,
+    /// The modules that have an adapter in some block, and so in all.
+    pub(super) modules: &'a [&'static str],
     /// What the file says of the rank.
     pub(super) rank: usize,
 }
@@ -104,7 +107,11 @@ impl Found<'_> {
     fn of_layer(&self, layer: &str, rows: usize) -> Result<(Vec<(usize, TensorPart)>, usize)> {
         let parts = parts_of(self.config, layer, rows)?;
         let count = parts.len();
-        let has = |part: &TensorPart| (self.named)(&format!("{}{A}", part.name)).is_some();
+        let has = |part: &TensorPart| {
+            self.modules.iter().any(|module| {
+                part.name.strip_suffix(module).is_some_and(|before| before.ends_with('.'))
+            })
+        };
         Ok((parts.into_iter().enumerate().filter(|(_, part)| has(part)).collect(), count))
     }
 
@@ -136,10 +143,6 @@ impl Found<'_> {
             unreachable!("an adapter has two matrices")
         };
         let (parts, count) = self.of_layer(layer, rows)?;
-        if parts.is_empty() {
-            let message = format!("tensor {layer}{A}: missing; every block has the same adapters");
-            return Err(Error::format(self.file.path(), message));
-        }
         let out = {
             out.clear();
             reuse(out, "a tensor", tensor.len())?
@@ -151,7 +154,9 @@ impl Found<'_> {
             let first = if stacked > 1 && count > 1 { number * rank } else { 0 };
             let name = format!("{}{}", part.name, if is_b { B } else { A });
             let Some(name) = (self.named)(&name) else {
-                let message = format!("tensor {name}: missing beside its other half");
+                let message = format!(
+                    "tensor {PREFIX}{name}: missing; every block has the same adapters, of two tensors each"
+                );
                 return Err(Error::format(self.file.path(), message));
             };
             if is_b {

@@ -2,7 +2,7 @@
 //! them: `llama` (SmolLM is one), `mistral`, `qwen2` and `qwen3`.
 //!
 //! Rotary positions have two spellings: `rope_theta` with `rope_scaling`, and from transformers 5 on
-//! `rope_parameters`. Both are read; new files have both, and say the same.
+//! `rope_parameters`. Both are read; new files say the same in both.
 
 use serde_json::{Map, Value, json};
 
@@ -68,8 +68,12 @@ impl Class {
 
     /// A class that has such a model: the one that it came as, if that has.
     pub(super) fn of(config: &ModelConfig, found: Option<&str>) -> &'static Self {
-        let has =
-            |class: &&Self| class.qkv_bias == config.qkv_bias && class.qk_norm == config.qk_norm;
+        let is_divided = config.channels.is_multiple_of(config.heads);
+        let has = |class: &&Self| {
+            // transformers' `llama` wants it even where heads have a size of their own.
+            let is_taken = is_divided || class.kind != "llama";
+            is_taken && class.qkv_bias == config.qkv_bias && class.qk_norm == config.qk_norm
+        };
         let found = found.and_then(Self::of_kind).filter(has);
         found.or_else(|| CLASSES.iter().find(has)).unwrap_or(&CLASSES[0])
     }
@@ -150,8 +154,10 @@ impl Class {
             _ => return Ok(()),
         };
         let window = match keys.value("sliding_window") {
-            None | Some(Value::Null) => return Ok(()),
+            Some(Value::Null) => return Ok(()),
             Some(_) => keys.count("sliding_window")?,
+            // What transformers puts there, for all classes.
+            None => 4096,
         };
         if is_used && window < keys.count("max_position_embeddings")? {
             let expected = format!(
@@ -167,15 +173,19 @@ impl Class {
 /// Rotary positions, in either spelling.
 fn rope(keys: &Keys<'_>) -> Result<Rope> {
     let theta = keys.float("rope_theta", 1e4)?;
-    let (key, scaling) = match keys.value("rope_parameters") {
-        None | Some(Value::Null) => ("rope_scaling", keys.value("rope_scaling")),
-        parameters => ("rope_parameters", parameters),
+    // Where both say something, transformers takes the old words.
+    let (key, scaling) = match keys.value("rope_scaling") {
+        None | Some(Value::Null) => ("rope_parameters", keys.value("rope_parameters")),
+        scaling => ("rope_scaling", scaling),
     };
     let of = match scaling {
         None | Some(Value::Null) => return Ok(Rope { theta, scaling: RopeScaling::None }),
         Some(Value::Object(object)) => Keys { path: keys.path, object },
         Some(_) => return Err(keys.error(key, "an object, or null")),
     };
+    if of.object.values().any(Value::is_object) {
+        return Err(keys.error(key, "one set of numbers for all layers"));
+    }
     let theta = of.float("rope_theta", theta)?;
     // `type` in files from before transformers 4.43.
     let kind = of.value("rope_type").or_else(|| of.value("type"));
@@ -382,6 +392,9 @@ mod tests {
         // Files from before transformers 4.43.
         let linear = of(json!({ "rope_scaling": { "type": "linear", "factor": 2.0 } }));
         assert_eq!(linear.scaling, RopeScaling::Linear { factor: 2.0 });
+        let both = json!({ "rope_scaling": { "rope_type": "linear", "factor": 2.0 },
+                           "rope_parameters": { "rope_type": "default", "rope_theta": 7.0 } });
+        assert_eq!(of(both), Rope { theta: 1e5, ..linear });
         assert_eq!(
             of(json!({ "rope_theta": 9e3 })),
             Rope { theta: 9e3, scaling: RopeScaling::None }

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{Lora, Rope};
+use super::{Lora, Rope, RopeScaling};
 pub use crate::backend::Activation;
 use crate::backend::NormKind;
 use crate::{Error, Result};
@@ -254,7 +254,8 @@ impl ModelConfig {
             ("head_size", self.head_width() != usual.channels / usual.heads),
             ("qkv_bias", self.qkv_bias),
             ("qk_norm", self.qk_norm),
-            ("rope_theta", self.rope != Rope::default()),
+            ("rope_theta", self.rope.theta != Rope::default().theta),
+            ("rope_scaling", self.rope.scaling != RopeScaling::None),
         ];
         match only_of_llama.into_iter().find(|(_, is_set)| *is_set) {
             Some((what, _)) => {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use glob::Pattern;
 
+use super::ModelConfig;
 use super::params::ParamTable;
 use crate::backend::Slot;
 use crate::reserve::collect;
@@ -59,17 +60,31 @@ impl Frozen {
     /// # Errors
     /// [`Error::InvalidArgument`] for a pattern that fits no name, and where nothing is left to train;
     /// [`Error::OutOfMemory`].
-    pub(crate) fn check(&self, table: &ParamTable) -> Result<()> {
+    pub(crate) fn check(&self, config: &ModelConfig, table: &ParamTable) -> Result<()> {
         for (text, pattern) in self.patterns() {
             let mut fits = false;
             for spec in table.specs() {
                 fits |= pattern.matches(&spec.info()?.name);
             }
             if !fits {
-                let example = table.specs()[0].info()?.name;
+                let mut example = table.specs()[0].info()?.name;
+                let mut whole = None;
+                for spec in table.specs() {
+                    let name = spec.info()?.name;
+                    let parts = config.parts_of(&name)?;
+                    if parts.into_iter().flatten().any(|part| pattern.matches(&part.name)) {
+                        whole = whole.or(Some(name));
+                    }
+                }
+                let why = match whole {
+                    Some(name) => {
+                        example = name;
+                        "what files have under such a name is a part of one tensor in training, "
+                    }
+                    None => "the list of tensors has the names, such as ",
+                };
                 let message = format!(
-                    "no tensor is named like {text:?}; the list of tensors has the names, such as \
-                     {example:?}, and * stands for any text"
+                    "no tensor is named like {text:?}; {why}{example:?}, and * stands for any text"
                 );
                 return Err(Error::invalid("frozen", message));
             }

@@ -53,12 +53,16 @@ impl Rope {
     /// # Errors
     /// [`Error::InvalidArgument`] naming what was expected and what came.
     pub(super) fn validate(&self) -> Result<()> {
-        let least = |what, value: f32, least: f32| match value >= least && value.is_finite() {
-            true => Ok(()),
-            false => {
-                let message = format!("expected a number from {least} on, got {value}");
-                Err(Error::invalid(what, message))
+        let least = |what, value: f32, least: f32| {
+            if value >= least && value.is_finite() {
+                return Ok(());
             }
+            let message = match value.is_infinite() && value > 0.0 {
+                true => format!("expected a number up to {:e}, got {value}", f32::MAX),
+                false if least < 1.0 => format!("expected a number above 0, got {value}"),
+                false => format!("expected a number from {least} on, got {value}"),
+            };
+            Err(Error::invalid(what, message))
         };
         least("rope_theta", self.theta, 1.0)?;
         match self.scaling {

@@ -60,7 +60,7 @@ pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> 
     let options = options.resolved(config, engine.size())?;
     let mut plan = on_device!(engine.backend(), backend => {
         let (backend, mut plan) = (&**backend, Plan::default());
-        options.frozen.check(&table_for(backend, config)?)?;
+        options.frozen.check(config, &table_for(backend, config)?)?;
         let cut = &mut Measured::new(backend, None)?;
         Flat::new(backend, cut, config, &options, (engine.ranks(), false), &mut plan)?;
         // Every further block takes as much as the second.

@@ -141,7 +141,7 @@ impl From<&ModelConfig> for Config {
             qkv_bias: config.qkv_bias.then_some(true),
             qk_norm: config.qk_norm.then_some(true),
             rope: is_llama.then(|| rope_in_words(&config.rope)),
-            lora: config.lora.as_ref().map(adapters_in_words),
+            lora: config.lora.as_ref().map(|lora| adapters_in_words(lora, config.architecture)),
         }
     }
 }

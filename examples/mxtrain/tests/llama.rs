@@ -82,6 +82,8 @@ fn what_a_llama_is_cannot_be_changed() {
     assert!(error.contains("--preset: of llama, and --arch says gpt2"), "{error}");
     let error = with("--preset 70B");
     assert!(error.contains("expected one of 60M, 125M, 350M, 1B"), "{error}");
+    let error = with("--arch llama --activation gelu");
+    assert!(error.contains("--activation: Llama's blocks have SwiGLU, got gelu"), "{error}");
     let error = with("--arch mamba");
     assert!(error.contains("expected gpt2 or llama"), "{error}");
 }

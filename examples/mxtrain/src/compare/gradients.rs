@@ -9,7 +9,8 @@ use std::process::ExitCode;
 
 use mxfp4train::formats::{Rounding, Signs};
 use mxfp4train::{
-    Engine, Model, ModelConfig, Recipe, Schedule, ScheduleKind, Trainer, TrainerOptions,
+    Architecture, Engine, Model, ModelConfig, Recipe, Schedule, ScheduleKind, Trainer,
+    TrainerOptions,
 };
 use serde::{Deserialize, Serialize};
 
@@ -176,6 +177,13 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
     };
     for dir in &args.checkpoints {
         let mut model = Model::load(&engine, dir)?;
+        if model.config().architecture != Architecture::Gpt2 {
+            return Err(Failure::usage(format!(
+                "{}: a Llama, and what is compared are gradients of biases, too, which its blocks do not \
+                 have; compare GPT-2s, or runs (mxtrain compare train)",
+                dir.display()
+            )));
+        }
         if model.config().lora.is_some() {
             // What is compared are gradients of weights.
             model = model.merge_lora()?;

@@ -107,7 +107,7 @@ fn write_adapters(args: &ExportArgs, model: &Model) -> Outcome {
     console::print(&format!(
         "{}: {}, {} parameters in f32\n",
         console::shown(out),
-        adapters_in_words(lora),
+        adapters_in_words(lora, config.architecture),
         HumanCount(config.parameter_count() - alone.parameter_count()),
     ))?;
     Ok(())

@@ -573,10 +573,9 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         true => String::new(),
         false => format!(", frozen {}", options.frozen),
     };
-    let adapters = config
-        .lora
-        .as_ref()
-        .map_or_else(String::new, |lora| format!("            with {}\n", adapters_in_words(lora)));
+    let adapters = config.lora.as_ref().map_or_else(String::new, |lora| {
+        format!("            with {}\n", adapters_in_words(lora, config.architecture))
+    });
     let apart = match options.document_end {
         None => String::new(),
         Some(end) => format!(", documents apart that end with token {end}"),

@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use indicatif::HumanCount;
 use mxfp4train::{
-    Dataset, Engine, Frozen, Lora, Model, ModelConfig, Optimizer, Plan, Recipe, Rope, Schedule,
-    ScheduleKind, TokenDrop, Trainer, TrainerOptions,
+    Activation, Architecture, Dataset, Engine, Frozen, Lora, Model, ModelConfig, Optimizer, Plan,
+    Recipe, Rope, Schedule, ScheduleKind, TokenDrop, Trainer, TrainerOptions,
 };
 
 use super::examples::{self, Examples, Size};
@@ -332,6 +332,12 @@ pub(crate) fn model_config(
         }
     }
     let begun = begun(args, variant)?;
+    if begun.architecture == Architecture::Llama && variant.activation != Activation::default() {
+        return Err(Failure::usage(format!(
+            "--activation: Llama's blocks have SwiGLU, got {}; leave the option out",
+            variant.activation
+        )));
+    }
     let rope = Rope { theta: variant.rope_theta.unwrap_or(begun.rope.theta), ..begun.rope };
     let config = ModelConfig {
         vocab_size,
@@ -390,7 +396,8 @@ pub(crate) fn vocabulary_of_shape(args: &ModelArgs) -> Outcome<Option<usize>> {
 pub(crate) fn vocabulary(given: Option<usize>, of_data: Option<usize>) -> Outcome<usize> {
     match (given, of_data) {
         (Some(given), Some(of_data)) if given < of_data => Err(Failure::usage(format!(
-            "--vocab-size: the data's tokenizer has {of_data} tokens, got {given}"
+            "--vocab-size: the data's tokenizer has {of_data} tokens, got {given} (by this option, or else \
+             by --shape, which it overrides)"
         ))),
         (Some(vocab_size), _) | (None, Some(vocab_size)) => Ok(vocab_size),
         (None, None) => Err(Failure::usage(
@@ -962,10 +969,11 @@ fn require_shape(args: &TrainArgs, parsed: &Parsed, config: &ModelConfig, origin
         && let Some(wanted) = args.lora.wanted()
         && Some(wanted) != config.lora
     {
-        let found = config.lora.as_ref().map_or_else(|| "none".to_owned(), adapters_in_words);
+        let in_words = |lora: &Lora| adapters_in_words(lora, config.architecture);
+        let found = config.lora.as_ref().map_or_else(|| "none".to_owned(), in_words);
         return Err(Failure::usage(format!(
             "--lora: the checkpoint of {origin} has {found}, got {}; leave the option out",
-            adapters_in_words(&wanted)
+            in_words(&wanted)
         )));
     }
     if parsed.given("activation") && args.variant.activation != config.activation {
@@ -1000,10 +1008,15 @@ pub(crate) fn check_lora(args: &LoraArgs) -> Outcome {
 }
 
 /// "adapters of rank 8, alpha 16, beside attn.c_attn".
-pub(crate) fn adapters_in_words(lora: &Lora) -> String {
+pub(crate) fn adapters_in_words(lora: &Lora, architecture: Architecture) -> String {
+    let names = match architecture {
+        Architecture::Gpt2 => Lora::LAYERS,
+        Architecture::Llama => Lora::LAYERS_OF_LLAMA,
+    };
+    let adapted = names.into_iter().zip(lora.layers).filter(|(_, is)| *is);
     let beside = match lora.layers {
         [true, true, true, true] => "all linear layers".to_owned(),
-        _ => lora.layer_names().collect::<Vec<_>>().join(", "),
+        _ => adapted.map(|(name, _)| name).collect::<Vec<_>>().join(", "),
     };
     format!("adapters of rank {}, alpha {}, beside {beside}", lora.rank, lora.alpha)
 }
