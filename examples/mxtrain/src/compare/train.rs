@@ -499,7 +499,7 @@ mod tests {
 
     #[test]
     fn blocks_are_those_of_both_operands_of_every_product() {
-        let config = ModelConfig { layers: 2, channels: 64, ..ModelConfig::default() };
+        let config = ModelConfig { layers: 2, heads: 4, channels: 64, ..ModelConfig::default() };
         let blocks = |recipe: &str| {
             let recipe = recipe.parse().unwrap();
             let options =
