@@ -411,7 +411,7 @@ mod tests {
             let object = config.as_object_mut().unwrap();
             object.remove("num_key_value_heads");
             object.extend(object_of(json!({
-                "model_type": kind, "num_attention_heads": 64, "hidden_size": 1024
+                "model_type": kind, "num_attention_heads": 64, "hidden_size": 1024, "sliding_window": null
             })));
             let config = read(&config).unwrap();
             let found = (config.kv_head_count(), config.head_width());

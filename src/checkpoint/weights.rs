@@ -195,7 +195,7 @@ impl Weights<'_> {
     fn missing(&self, name: &str) -> Error {
         let why = match name {
             HEAD => {
-                "; tie_word_embeddings is false in config.json, or as good as, so the head has weights of its own: \
+                "; config.json says tie_word_embeddings: false, so the head has weights of its own: \
                  if it has not, say true there"
             }
             _ => "",
