@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::files::OpenFile;
+use super::keys::{Keys, exact, object_of};
 use super::llama::{self, Class};
 use super::{CONFIG, StoredWeights, read_json};
 use crate::gpt::{Activation, Lora, ModelConfig};
@@ -105,11 +106,6 @@ fn of_lora(lora: &Lora) -> Value {
     json!({ "rank": lora.rank, "alpha": alpha, "layers": names })
 }
 
-/// The shortest decimal that gives this f32, so 1e-5 and not 9.999999747378752e-6.
-pub(super) fn exact(value: f32) -> Value {
-    json!(value.to_string().parse::<f64>().ok())
-}
-
 /// The keys that say what the model computes, in a file of this `model_type`.
 fn keys_of(config: &ModelConfig, kind: &str) -> Map<String, Value> {
     if config.is_llama() {
@@ -129,13 +125,6 @@ fn keys_of(config: &ModelConfig, kind: &str) -> Map<String, Value> {
         "tie_word_embeddings": config.tied_head,
         "vocab_size": config.vocab_size,
     }))
-}
-
-pub(super) fn object_of(value: Value) -> Map<String, Value> {
-    match value {
-        Value::Object(object) => object,
-        _ => Map::new(),
-    }
 }
 
 /// Reads the file's text; messages call it `path`.
@@ -222,25 +211,7 @@ fn with_lora(mut text: String, config: &ModelConfig) -> String {
     text
 }
 
-/// The keys of an object of a file.
-pub(super) struct Keys<'a> {
-    pub(super) path: &'a Path,
-    pub(super) object: &'a Map<String, Value>,
-}
-
 impl Keys<'_> {
-    pub(super) fn value(&self, key: &str) -> Option<&Value> {
-        self.object.get(key)
-    }
-
-    pub(super) fn error(&self, key: &str, expected: &str) -> Error {
-        let message = match self.object.get(key) {
-            Some(found) => format!("{key}: expected {expected}, found {found}"),
-            None => format!("{key}: expected {expected}, found no such key"),
-        };
-        Error::format(self.path, message)
-    }
-
     /// A GPT-2.
     fn gpt2(&self) -> Result<ModelConfig> {
         self.check_model()?;
@@ -319,48 +290,6 @@ impl Keys<'_> {
         });
         let lora = lora.ok_or_else(|| self.error(LORA, "rank, alpha and layers of adapters"))?;
         Ok(Some(lora))
-    }
-
-    pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {
-        match self.object.get(key) {
-            None => Ok(default),
-            Some(Value::Bool(value)) => Ok(*value),
-            Some(_) => Err(self.error(key, "true or false")),
-        }
-    }
-
-    pub(super) fn count(&self, key: &str) -> Result<usize> {
-        let value = self.object.get(key).and_then(Value::as_u64);
-        value
-            .and_then(|value| value.try_into().ok())
-            .ok_or_else(|| self.error(key, "a whole number"))
-    }
-
-    /// A number from 1 on.
-    pub(super) fn at_least_one(&self, key: &str) -> Result<usize> {
-        match self.count(key)? {
-            0 => Err(self.error(key, "a number from 1 on")),
-            count => Ok(count),
-        }
-    }
-
-    /// A number that has to be there.
-    pub(super) fn number(&self, key: &str) -> Result<f32> {
-        if self.object.get(key).is_none() {
-            return Err(self.error(key, "a number"));
-        }
-        self.float(key, 0.0)
-    }
-
-    pub(super) fn float(&self, key: &str, default: f32) -> Result<f32> {
-        match self.object.get(key) {
-            None => Ok(default),
-            // From its decimals straight to f32: by way of f64 it would be rounded twice.
-            Some(Value::Number(number)) => {
-                number.to_string().parse().map_err(|_| self.error(key, "a number"))
-            }
-            Some(_) => Err(self.error(key, "a number")),
-        }
     }
 }
 

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::config::{Keys, exact, object_of};
+use super::keys::{Keys, exact, object_of};
 use crate::gpt::{Architecture, ModelConfig, Rope, RopeScaling};
 use crate::{Error, Result};
 

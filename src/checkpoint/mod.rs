@@ -18,6 +18,7 @@ mod files;
 mod folder;
 mod found;
 mod in_place;
+mod keys;
 mod llama;
 mod parts;
 mod state;
