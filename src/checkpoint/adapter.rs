@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::adapter_parts::{Found, InParts, names_in_files};
+use super::adapter_parts::{Found, InParts, PREFIX, names_in_files};
 use super::files::{Files, OpenFile, Place};
 use super::tensors::{self, TensorFile};
 use super::{TensorRead, cannot_open, folder, in_place, name_all, read_json, room_for_headers};
@@ -23,9 +23,6 @@ use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
-
-/// In front of our names.
-pub(super) const PREFIX: &str = "base_model.model.";
 
 /// Writes both files, or leaves those that are there untouched; `adapters` reads nothing else.
 ///
@@ -166,12 +163,14 @@ impl<'a> AdapterFiles<'a> {
         let lora = Lora { rank, alpha, layers };
         lora.validate().map_err(|error| Error::format(&config, error.to_string()))?;
         let adapted = ModelConfig { lora: Some(lora), ..model.clone() };
-        // Before anyone allocates memory for what a damaged file announces. Of a layer in parts there is
-        // at least the A of one, and its B.
-        let mut count = adapted.parameter_count() - model.parameter_count();
-        if model.is_llama() {
-            count /= 3;
-        }
+        // Before anyone allocates memory for what a damaged file announces. Of a layer in parts there
+        // need not be more than the A of one.
+        let least = model.linears().into_iter().zip(layers).filter(|(_, is)| *is);
+        let least = least.map(|([inputs, _], _)| (rank * inputs) as u64).sum::<u64>();
+        let count = match model.is_llama() {
+            false => adapted.parameter_count() - model.parameter_count(),
+            true => model.layers as u64 * least,
+        };
         let bytes = file.size(&path)?;
         if count.saturating_mul(2) > bytes {
             let message = format!(

@@ -8,12 +8,14 @@
 
 use std::ops::Range;
 
-use super::adapter::PREFIX;
 use super::tensors::{FLOATS, TensorFile};
 use super::{Scratch, TensorRead};
 use crate::gpt::{ModelConfig, TensorInfo, TensorPart};
 use crate::reserve::{reuse, zeros};
 use crate::{Error, Result};
+
+/// In front of our names.
+pub(super) const PREFIX: &str = "base_model.model.";
 
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
