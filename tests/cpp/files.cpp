@@ -219,6 +219,24 @@ void in_a_store(Fixture &it) {
     CHECK(failures > 20);
   }
   state.fails_at = 0;
+  // A run saves where its callback throws, too, and where a save before has failed.
+  for (const int call : {0, 3}) {
+    mxt::RunOptions options(4);
+    options.save_files = files.get();
+    options.save_every = call == 0 ? 0 : 1;
+    state.calls = state.commits = 0;
+    state.fails_at = call;
+    int thrown = -1;
+    try {
+      it.trainer.run(it.dataset, options, [&](const mxt::StepStats &) {
+        if (call == 0) throw Burnt{0};
+      });
+    } catch (const Burnt &burnt) {
+      thrown = burnt.call;
+    }
+    CHECK(thrown == call && state.commits == 1);
+    CHECK(mxt::Trainer::load(it.engine, files).steps_done() == it.trainer.steps_done());
+  }
   CHECK(!state.is_destroyed);
   files = mxt::Files();
   CHECK(state.is_destroyed);

@@ -20,35 +20,42 @@ do_nothing(_...) = nothing
 # The key under which a task keeps what its callback has thrown.
 const THROWN = :MXFP4Train_thrown
 
+# What a callback has thrown, and whether that makes the call fail, or asks it to end.
+struct Thrown
+    exception::Any
+    fails::Bool
+end
+
 # Runs a callback. Whatever it throws is kept for `call`, and says stop.
-function guarded(callback)
+function guarded(callback; fails = false)
     # What a log callback has thrown in between is on its way: nothing more is called.
     haskey(task_local_storage(), THROWN) && return STOP
     try
         return flow(Base.reenable_sigint(callback))
     catch exception
-        task_local_storage(THROWN, Some{Any}(exception))
+        task_local_storage(THROWN, Thrown(exception, fails))
         return STOP
     end
 end
 
-# Runs a function of a group, which ends where it throws, or one that fills windows of a step. What
-# it throws is kept for `call`.
+# Runs a function of a group, which ends where it throws, one that fills windows of a step, or one of
+# a store. What it throws is kept for `call`.
 #
-# NOTE: nothing else ends them, since the other ranks wait for this one. Where a callback has thrown
-# before, the call still goes to its end with all ranks, and that exception is the one that arrives.
-# Ctrl-C waits for a callback that can stop in order, or for the end of the call.
+# NOTE: nothing else ends them, since the other ranks wait for this one, and a run saves at its end,
+# however it ends. Where a callback has thrown before, the call still goes to its end, and that
+# exception is the one that arrives. Ctrl-C waits for a callback that can stop in order, or for the
+# end of the call.
 function exchanged(exchange)
     try
         return flow(exchange())
     catch exception
         thrown = task_local_storage()
-        haskey(thrown, THROWN) || task_local_storage(THROWN, Some{Any}(exception))
+        haskey(thrown, THROWN) || task_local_storage(THROWN, Thrown(exception, true))
         return STOP
     end
 end
 
-# What a callback has thrown in this task, in `Some`, or `nothing`.
+# What a callback has thrown in this task, as `Thrown`, or `nothing`.
 take_thrown!() = pop!(task_local_storage(), THROWN, nothing)
 
 # NOTE: `false` goes on, too. A callback often ends with `step.step % 10 == 0 && println(step)`,
@@ -77,7 +84,7 @@ function on_token(user_data::Ptr{Cvoid}, token::UInt32)::Int32
 end
 
 function on_loss(user_data::Ptr{Cvoid}, rows::Ptr{Lib.mxt_logits})::Int32
-    return guarded() do
+    return guarded(; fails = true) do
         of = unsafe_load(rows)
         before, count, vocab_size = Int(of.first_row), Int(of.rows), Int(of.vocab_size)
         # A row of C is a column here. Both are C's memory, as long as the callback runs.
@@ -170,7 +177,7 @@ function on_file_open(
     size::Ptr{UInt64},
 )::Int32
     is_there = Ref(false)
-    failed = guarded() do
+    failed = exchanged() do
         state = slot_store(user_data)
         opened = state.store.open(unsafe_string(name))
         opened === nothing && return nothing
@@ -194,7 +201,7 @@ function on_file_read(
     to::Ptr{Cvoid},
     count::Csize_t,
 )::Int32
-    return guarded() do
+    return exchanged() do
         opened = slot_file(user_data, file)
         seek(opened, Int(offset))
         read!(opened, bytes_at(to, Int(count)))
@@ -211,7 +218,7 @@ function close_file(user_data::Ptr{Cvoid}, file::Ptr{Cvoid})
 end
 
 function on_files_begin(user_data::Ptr{Cvoid})::Int32
-    return guarded(() -> (slot_store(user_data).store.begin_save(); nothing))
+    return exchanged(() -> (slot_store(user_data).store.begin_save(); nothing))
 end
 
 function on_file_create(
@@ -220,7 +227,7 @@ function on_file_create(
     size::UInt64,
     file::Ptr{Ptr{Cvoid}},
 )::Int32
-    return guarded() do
+    return exchanged() do
         state = slot_store(user_data)
         unsafe_store!(file, add!(state, state.store.create(unsafe_string(name), Int(size))))
         return nothing
@@ -233,7 +240,7 @@ function on_file_write(
     from::Ptr{Cvoid},
     count::Csize_t,
 )::Int32
-    return guarded() do
+    return exchanged() do
         written = write(slot_file(user_data, file), bytes_at(from, Int(count)))
         written == count || error("expected to write $count bytes, the IO took $written")
         return nothing
@@ -241,7 +248,7 @@ function on_file_write(
 end
 
 function on_files_commit(user_data::Ptr{Cvoid})::Int32
-    return guarded(() -> (slot_store(user_data).store.commit(); nothing))
+    return exchanged(() -> (slot_store(user_data).store.commit(); nothing))
 end
 
 function on_files_abort(user_data::Ptr{Cvoid})::Cvoid

@@ -76,15 +76,27 @@ function call(body, objects::Handle...)
             holding(objects) do
                 status = body()
                 thrown = take_thrown!()
-                thrown === nothing || throw(something(thrown))
                 if status != Lib.MXT_OK
-                    throw(MXFP4Error(status, unsafe_string(Lib.mxt_last_error())))
+                    error = MXFP4Error(status, unsafe_string(Lib.mxt_last_error()))
+                    thrown === nothing && throw(error)
+                    # What failed beside it, as a run's save, is told as its cause.
+                    thrown.fails || status == Lib.MXT_STOPPED || throw_behind(thrown, error)
                 end
+                thrown === nothing || throw(thrown.exception)
                 return nothing
             end
         end
     finally
         task.sticky = sticky
+    end
+end
+
+# Throws what a callback has thrown, "caused by" an error, in Julia's words.
+function throw_behind(thrown, error)
+    try
+        throw(error)
+    catch
+        throw(thrown.exception)
     end
 end
 

@@ -26,7 +26,8 @@ end, however it ends. In its place `save_files` is a dictionary of names and byt
 [`MXFP4Train.FileStore`](@ref); what one throws ends the run, too.
 
 An evaluation or a save that fails does not end the run: the log gets a warning, and the next one is
-tried when it is due. Where the last one of its kind fails, `run!` throws that error at its end.
+tried when it is due. Where the last one of its kind fails, `run!` throws that error at its end; what
+`f` throws goes before it, and has it as its cause.
 
 Ctrl-C ends the run after the step that it is in: the run saves, then throws an
 `InterruptException`. It does so in a script, too, which Julia otherwise ends at once at Ctrl-C; a

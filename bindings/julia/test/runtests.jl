@@ -26,6 +26,10 @@ end
 
 status_of(f) = (thrown(f)::MXFP4Error).status
 
+# Its name in newer versions of Julia, and in older ones.
+const exception_stack =
+    isdefined(Base, :current_exceptions) ? Base.current_exceptions : Base.catch_stack
+
 # Whether `f` throws a `T` whose message has `text`.
 function refuses(f, ::Type{T}, text) where {T}
     exception = thrown(f)
@@ -689,6 +693,25 @@ end
     @test thrown(() -> run!(trainer, dataset; steps = 9, save_every = 1, save_files = store)) ===
           Enough(3)
     @test steps_done(trainer) == done + 1
+    # And it does where its callback throws; where it cannot, both are told.
+    of.fails_at = 0
+    ends(_, _) = throw(Enough(-1))
+    for place in (files, store)
+        @test thrown(() -> run!(ends, trainer, dataset; steps = 9, save_files = place)) ===
+              Enough(-1)
+        @test steps_done(load(Trainer, new_engine(), place)) == steps_done(trainer)
+    end
+    of.calls, of.fails_at = 0, 3
+    mktemp() do file, _
+        for place in ((save_files = store,), (save_dir = file,))
+            told = try
+                run!(ends, trainer, dataset; steps = 9, place...)
+            catch
+                first.(exception_stack())
+            end
+            @test told[end] === Enough(-1) && told[end - 1] isa MXFP4Error
+        end
+    end
     # What is closed is closed.
     save(Model(trainer), files)
     close(snapshot)

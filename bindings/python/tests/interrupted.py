@@ -1,5 +1,6 @@
 """What test_interrupt.py starts and interrupts."""
 
+import io
 import signal
 import sys
 import threading
@@ -78,13 +79,41 @@ def main():
             assert exception.args == ("own",)
             assert signal.getsignal(signal.SIGINT) is handler
             tell("interrupted", trainer.steps_done)
-    elif HOW == "unsaved":
+    elif HOW in ("unsaved", "unsaved-asleep"):
+        callback = on_step if HOW == "unsaved" else on_step_asleep
         with open(FOLDER, "wb") as file:
             file.write(b"a file where a folder should be")
         try:
-            trainer.run(DATASET, steps=FOREVER, save_dir=FOLDER, on_step=on_step)
+            trainer.run(DATASET, steps=FOREVER, save_dir=FOLDER, on_step=callback)
         except KeyboardInterrupt as exception:
             tell("interrupted", type(exception.__cause__).__name__)
+    elif HOW == "store":
+
+        class Slow:
+            saves = 0
+
+            def begin(self):
+                if self.saves == 0:
+                    tell("running")
+                    time.sleep(1)
+
+            def open(self, name):
+                raise FileNotFoundError(name)
+
+            def create(self, name, size):
+                return io.BytesIO()
+
+            def commit(self):
+                self.saves += 1
+
+            def abort(self):
+                tell("aborted")
+
+        store = Slow()
+        try:
+            trainer.run(DATASET, steps=FOREVER, save_every=1, save_files=store)
+        except KeyboardInterrupt:
+            tell("interrupted", trainer.steps_done, "saved", store.saves)
     elif HOW == "micro":
         slow = make_trainer(batch_size=256, accumulation=16384)
         threading.Timer(0.3, tell, ["running"]).start()

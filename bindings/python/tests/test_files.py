@@ -168,6 +168,44 @@ def test_a_run_saves_to_files(engine, make_trainer, dataset):
         trainer.run(dataset, steps=1, save_files="folder")
 
 
+@pytest.mark.parametrize("cause", [None, KeyError("mine")])
+def test_a_callback_that_raises_loses_no_save(engine, make_trainer, dataset, tmp_path, cause):
+    class Mine(BaseException):
+        pass
+
+    def end(step, _):
+        if step.step == 2:
+            raise Mine from cause
+
+    # Whatever ends the run, it saves.
+    for place in (mxt.Files(), {}, Zip()):
+        trainer = make_trainer(engine)
+        with pytest.raises(Mine) as raised:
+            trainer.run(dataset, steps=9, save_files=place, on_step=end)
+        assert raised.value.__cause__ is cause
+        assert mxt.Trainer.load(engine, place).steps_done == trainer.steps_done == 2
+    # Also where that is a save before, which takes seven calls.
+    place = Zip(fails_at=9)
+    trainer = make_trainer(engine)
+    with pytest.raises(OSError, match="on fire"):
+        trainer.run(dataset, steps=9, save_every=1, save_files=place)
+    assert mxt.Trainer.load(engine, place).steps_done == trainer.steps_done == 2
+    # Where it cannot, both are told.
+    (tmp_path / "file").write_text("in the way")
+    for how in ({"save_dir": tmp_path / "file"}, {"save_files": Zip(fails_at=3)}):
+        trainer = make_trainer(engine)
+        with pytest.raises(Mine) as raised:
+            trainer.run(dataset, steps=9, on_step=end, **how)
+        told = raised.value.__cause__
+        assert told is cause or cause is None
+        told = told if cause is None else told.__cause__
+        assert isinstance(told, mxt.MxtError) and "mxt_trainer_run" in str(told)
+        if "save_files" in how:
+            assert "on fire" in str(told.__cause__)
+        if cause is not None:
+            cause.__cause__ = None
+
+
 def test_what_a_store_raises_is_raised(engine, make_trainer, dataset):
     trainer = make_trainer(engine)
     store = Zip()

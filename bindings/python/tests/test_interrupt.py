@@ -42,9 +42,15 @@ def test_a_stop_is_seen_within_a_step(tmp_path):
     assert words[1] == "0" and float(words[2]) < 30
 
 
-def test_what_else_went_wrong_is_told(tmp_path):
-    words = interrupted("unsaved", tmp_path / "out")
+@pytest.mark.parametrize("how", ["unsaved", "unsaved-asleep"])
+def test_what_else_went_wrong_is_told(how, tmp_path):
+    words = interrupted(how, tmp_path / "out")
     assert words[0] == "interrupted" and words[1] in ("FileError", "FormatError")
+
+
+def test_ctrl_c_lets_a_store_end_its_save(tmp_path):
+    words = interrupted("store", tmp_path / "out")
+    assert words == ["interrupted", "1", "saved", "1"]
 
 
 @pytest.mark.parametrize("how", ["evaluate", "generate", "step"])

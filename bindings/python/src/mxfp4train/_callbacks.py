@@ -85,18 +85,21 @@ def lending(*pointers: Any) -> Iterator[None]:
         raise
 
 
-def kept(exception: BaseException) -> int:
-    """Keeps what a callback has thrown for `call`, which is around; it says stop."""
+def kept(exception: BaseException, fails: bool = True) -> int:
+    """Keeps what a callback has thrown for `call`, which is around; it says stop.
+
+    `fails` says whether the library takes that for a failure, and not for a wish to end.
+    """
     if thrown.places:
-        thrown.places[-1].append(exception)
+        thrown.places[-1].append((exception, fails))
     else:
         # No call is around, as where an engine is freed.
         traceback.print_exception(type(exception), exception, exception.__traceback__)
     return 1
 
 
-def guarded(function: Callable[..., Any], *arguments: Any) -> int:
-    """Runs a callback. 0 goes on, and 1 says stop, which an exception does."""
+def guarded(function: Callable[..., Any], *arguments: Any, fails: bool = True) -> int:
+    """Runs a callback. 0 goes on, and 1 says stop, which an exception does (see `kept`)."""
     # What a log callback has thrown in between is on its way: nothing more is called.
     if thrown.places and thrown.places[-1]:
         return 1
@@ -105,14 +108,14 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> int:
         thrown.inside = before + 1
         return 1 if function(*arguments) is STOP else 0
     except BaseException as exception:
-        return kept(exception)
+        return kept(exception, fails)
     finally:
         thrown.inside = before
 
 
 def on_error(_kind: Any, exception: BaseException, _traceback: Any) -> None:
     """What comes outside of `guarded`, as Ctrl-C may; the callback then gives its `error`."""
-    kept(exception)
+    kept(exception, fails=False)
 
 
 def callback(kind: str, error: int | None = 1) -> Callable[[Callable[..., Any]], Any]:
@@ -126,12 +129,12 @@ def callback(kind: str, error: int | None = 1) -> Callable[[Callable[..., Any]],
 @callback("mxt_step_fn")
 def on_step(user_data: Any, step: Any, evaluation: Any) -> int:
     found = None if evaluation == ffi.NULL else tuple_of(EvalStats, evaluation)
-    return guarded(ffi.from_handle(user_data), step_stats(step), found)
+    return guarded(ffi.from_handle(user_data), step_stats(step), found, fails=False)
 
 
 @callback("mxt_token_fn")
 def on_token(user_data: Any, token: int) -> int:
-    return guarded(ffi.from_handle(user_data), token)
+    return guarded(ffi.from_handle(user_data), token, fails=False)
 
 
 @callback("mxt_loss_fn")
@@ -177,7 +180,7 @@ def on_packed_window(
 
 @callback("mxt_log_fn", error=None)
 def on_log(user_data: Any, level: int, line: Any) -> None:
-    guarded(owned(user_data, stop), LOG_LEVELS[min(level, 3)], text_of(line))
+    guarded(owned(user_data, stop), LOG_LEVELS[min(level, 3)], text_of(line), fails=False)
 
 
 @callback("mxt_user_data_free_fn", error=None)
@@ -233,6 +236,23 @@ def on_abort(user_data: Any) -> None:
         exchanged(group.abort)
 
 
+def undisturbed(function: Callable[..., Any], *arguments: Any) -> int:
+    """Runs what a call needs for its end, as a function of a store, also where a callback has thrown.
+
+    NOTE: a run saves at its end, however it ends. So Ctrl-C, too, waits until the save that it comes
+    into is done; only another one cuts it off.
+    """
+    before = thrown.inside, thrown.undisturbed
+    try:
+        thrown.inside, thrown.undisturbed = 0, True
+        function(*arguments)
+        return 0
+    except BaseException as exception:
+        return kept(exception)
+    finally:
+        thrown.inside, thrown.undisturbed = before
+
+
 # Files of a store, in C numbers that are no pointers.
 
 
@@ -257,7 +277,7 @@ def on_file_open(user_data: Any, name: Any, file: Any, size: Any) -> int:
         file[0] = ffi.cast("void *", state.add(opened))
 
     state = owned(user_data)
-    if state is None or guarded(find, state) != 0:
+    if state is None or undisturbed(find, state) != 0:
         return -1
     return 0 if found else int(lib.MXT_NO_SUCH_FILE)
 
@@ -276,33 +296,20 @@ def on_file_read(user_data: Any, file: Any, offset: int, to: Any, count: int) ->
             done += len(part)
 
     opened = file_of(user_data, file)
-    return 1 if opened is None else guarded(read, opened)
+    return 1 if opened is None else undisturbed(read, opened)
 
 
 @callback("mxt_file_close_fn")
 def on_file_close(user_data: Any, file: Any) -> int:
     state = owned(user_data)
     opened = None if state is None else state.files.pop(address(file), None)
-    return 1 if opened is None else in_the_end(opened.close)
-
-
-def in_the_end(function: Callable[[], Any]) -> int:
-    """Runs what is to be done also where a callback has thrown, which is what is raised."""
-    before = thrown.inside
-    try:
-        thrown.inside = 0
-        function()
-        return 0
-    except BaseException as exception:
-        return kept(exception)
-    finally:
-        thrown.inside = before
+    return 1 if opened is None else undisturbed(opened.close)
 
 
 @callback("mxt_files_begin_fn")
 def on_files_begin(user_data: Any) -> int:
     state = owned(user_data)
-    return 1 if state is None else guarded(state.store.begin)
+    return 1 if state is None else undisturbed(state.store.begin)
 
 
 @callback("mxt_file_create_fn")
@@ -311,7 +318,7 @@ def on_file_create(user_data: Any, name: Any, size: int, file: Any) -> int:
         file[0] = ffi.cast("void *", state.add(state.store.create(text_of(name), size)))
 
     state = owned(user_data)
-    return 1 if state is None else guarded(create, state)
+    return 1 if state is None else undisturbed(create, state)
 
 
 @callback("mxt_file_write_fn")
@@ -324,27 +331,27 @@ def on_file_write(user_data: Any, file: Any, content: Any, count: int) -> int:
             part = b"" if done is None else part[done:]
 
     opened = file_of(user_data, file)
-    return 1 if opened is None else guarded(write, opened)
+    return 1 if opened is None else undisturbed(write, opened)
 
 
 @callback("mxt_files_commit_fn")
 def on_files_commit(user_data: Any) -> int:
     state = owned(user_data)
-    return 1 if state is None else guarded(state.store.commit)
+    return 1 if state is None else undisturbed(state.store.commit)
 
 
 @callback("mxt_files_abort_fn", error=None)
 def on_files_abort(user_data: Any) -> None:
     state = owned(user_data)
     if state is not None:
-        in_the_end(state.store.abort)
+        undisturbed(state.store.abort)
 
 
 @callback("mxt_allocate_fn", error=ffi.NULL)
 def on_allocate(user_data: Any, count: int, alignment: int) -> Any:
     found: list[Any] = []
     allocate, _ = ffi.from_handle(user_data)
-    if guarded(lambda: found.append(allocate(count, alignment))) != 0:
+    if undisturbed(lambda: found.append(allocate(count, alignment))) != 0:
         return ffi.NULL
     return ffi.cast("void *", found[0] or 0)
 
@@ -352,7 +359,7 @@ def on_allocate(user_data: Any, count: int, alignment: int) -> Any:
 @callback("mxt_deallocate_fn", error=None)
 def on_deallocate(user_data: Any, memory: Any, count: int, alignment: int) -> None:
     _, deallocate = ffi.from_handle(user_data)
-    in_the_end(lambda: deallocate(address(memory), count, alignment))
+    undisturbed(lambda: deallocate(address(memory), count, alignment))
 
 
 def step_stats(struct: Any) -> StepStats:

@@ -19,10 +19,13 @@ class _Thrown(threading.local):
     """What callbacks on this thread have thrown, and how deep this thread is in callbacks."""
 
     def __init__(self) -> None:
-        # A place for each call that this thread is in, the innermost last.
-        self.places: list[list[BaseException]] = []
+        # A place for each call that this thread is in, the innermost last. An exception stands
+        # beside whether it makes the call fail, or asks it to end.
+        self.places: list[list[tuple[BaseException, bool]]] = []
         # Above 0 while a callback runs that an exception may end in order.
         self.inside = 0
+        # Whether a function runs that Ctrl-C is to leave alone, as one of a store.
+        self.undisturbed = False
 
 
 thrown = _Thrown()
@@ -127,7 +130,7 @@ def call(function: Callable[..., int], *arguments: Any) -> None:
     Raises what a callback has thrown during the call, with its traceback, else the library's error.
     """
     held: list[_Cell] = []
-    place: list[BaseException] = []
+    place: list[tuple[BaseException, bool]] = []
     places = thrown.places
     depth = len(places)
     try:
@@ -148,12 +151,30 @@ def call(function: Callable[..., int], *arguments: Any) -> None:
             cell.leave()
     try:
         if place:
-            raise place[0]
+            raise first_of(place, status, message)
         if status != lib.MXT_OK:
             raise error_of(status, message)
     finally:
         # An exception that has its own frame in its traceback would be a cycle.
         place.clear()
+
+
+def first_of(
+    place: list[tuple[BaseException, bool]], status: int, message: str
+) -> BaseException:
+    """The first of the exceptions of a call. What failed beside it, as a run's save, is its cause."""
+    first, fails = place[0]
+    if fails or status in (lib.MXT_OK, lib.MXT_STOPPED):
+        return first
+    error: BaseException = error_of(status, message)
+    error.__cause__ = next((other for other, fails in place[1:] if fails), None)
+    # Behind the causes that it came with.
+    last, seen = first, {id(first)}
+    while (before := last.__cause__ or last.__context__) is not None and id(before) not in seen:
+        seen.add(id(before))
+        last = before
+    last.__cause__ = error
+    return first
 
 
 def ask(function: Callable[[Any], T], handle: Handle, closed: T) -> T:

@@ -26,8 +26,9 @@ class Interrupts:
     def __init__(self, request_stop: Callable[[], None], clear_stop: Callable[[], None]) -> None:
         self.request_stop = request_stop
         self.clear_stop = clear_stop
-        # Whether SIGINT has come.
+        # Whether SIGINT has come, and whether Python's handler has run for it.
         self.seen = False
+        self.handled = False
         self.active = False
         self.sockets: tuple[socket.socket, socket.socket] | None = None
         self.watcher: threading.Thread | None = None
@@ -60,9 +61,13 @@ class Interrupts:
             raise KeyboardInterrupt from (None if isinstance(exception, Stopped) else exception)
 
     def handle(self, _number: int, _frame: Any) -> None:
-        """SIGINT's handler. A callback of the program ends at once, as it would elsewhere."""
+        """SIGINT's handler. A callback of the program ends at once, as it would elsewhere.
+
+        A function of a store first gets the time to end its save.
+        """
+        again, self.handled = self.handled, True
         self.stop()
-        if thrown.inside > 0:
+        if thrown.inside > 0 or (thrown.undisturbed and again):
             raise KeyboardInterrupt
 
     def stop(self) -> None:

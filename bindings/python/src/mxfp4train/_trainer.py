@@ -492,8 +492,9 @@ class Trainer(Handle):
         its next step or batch; the run saves, and then KeyboardInterrupt is raised.
 
         An evaluation or a save that fails does not end the run; where the last one of its kind
-        failed, that error is raised at its end. An error of a step ends the run, after a save. What
-        a mapping or a store raises ends the run, too.
+        failed, that error is raised at its end, or is the cause of what `on_step` has raised. An
+        error of a step ends the run, after a save. What a mapping or a store raises ends the run,
+        too.
         """
         keep: list[Any] = []
         held: dict[str, Handle] = {}
