@@ -12,7 +12,8 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::process;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,7 +32,11 @@ pub(crate) const INTERRUPTED: u8 = 130;
 const ONE_CTRL_C: Duration = Duration::from_millis(100);
 
 /// What a signal does.
-pub(crate) struct Signals(Arc<Mutex<State>>);
+pub(crate) struct Signals {
+    state: Arc<Mutex<State>>,
+    /// Whether one has come, which the listener may not have heard of yet.
+    came: Arc<AtomicBool>,
+}
 
 enum State {
     /// Ends the program, after these files and then folders are removed, as far as they can be.
@@ -47,6 +52,10 @@ enum State {
 impl Signals {
     /// Listens from now on; every signal ends the program.
     pub(crate) fn listen() -> Outcome<Self> {
+        let came = Arc::new(AtomicBool::new(false));
+        for number in numbers() {
+            signal_hook::flag::register(number, Arc::clone(&came)).map_err(cannot)?;
+        }
         let mut signals = signal_hook::iterator::Signals::new(numbers()).map_err(cannot)?;
         let state = Arc::new(Mutex::new(State::Ends(Vec::new())));
         let shared = Arc::clone(&state);
@@ -57,17 +66,23 @@ impl Signals {
             }
         };
         listener.spawn(listen).map_err(cannot)?;
-        Ok(Self(state))
+        Ok(Self { state, came })
     }
 
     /// Makes something, in the midst of which no signal ends the program; one that comes later
-    /// removes its `traces` before: files, and folders that are empty then.
+    /// removes its `traces` before: files, and folders that are empty then. One that has come
+    /// before ends it now, however busy the machine is: nothing is made behind it.
     pub(crate) fn making<T>(
         &self,
         make: impl FnOnce() -> Outcome<T>,
         traces: impl FnOnce(&T) -> Vec<PathBuf>,
     ) -> Outcome<T> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        if let State::Ends(paths) = &*state
+            && self.came.load(Ordering::SeqCst)
+        {
+            end(paths);
+        }
         let made = make()?;
         *state = State::Ends(traces(&made));
         Ok(made)
@@ -75,7 +90,7 @@ impl Signals {
 
     /// A signal that ends the program removes these before, too.
     pub(crate) fn also_remove(&self, traces: impl IntoIterator<Item = PathBuf>) {
-        if let State::Ends(paths) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let State::Ends(paths) = &mut *self.lock() {
             paths.splice(0..0, traces);
         }
     }
@@ -87,7 +102,11 @@ impl Signals {
     }
 
     fn set(&self, state: State) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        *self.lock() = state;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -116,14 +135,17 @@ fn cannot(e: io::Error) -> Failure {
     Failure::runtime(format!("cannot listen to signals: {e}"))
 }
 
+/// Ends the program without a trace of what it has begun.
+fn end(traces: &[PathBuf]) -> ! {
+    for path in traces {
+        let _ = fs::remove_file(path).or_else(|_| fs::remove_dir(path));
+    }
+    process::exit(i32::from(INTERRUPTED));
+}
+
 fn receive(number: i32, state: &mut State) {
     match state {
-        State::Ends(paths) => {
-            for path in paths {
-                let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir(&path));
-            }
-            process::exit(i32::from(INTERRUPTED));
-        }
+        State::Ends(paths) => end(paths),
         State::Asks { stop, loss, asked: asked @ None } => {
             *asked = Some(Instant::now());
             stop.request_stop();
