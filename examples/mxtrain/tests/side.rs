@@ -603,10 +603,14 @@ fn a_full_disk_is_waited_out() {
     let errors = BufReader::new(child.stderr.take().unwrap());
     let (send, lines) = std::sync::mpsc::channel();
     std::thread::spawn(move || errors.lines().for_each(|line| send.send(line.unwrap()).unwrap()));
-    let wait_for_line = |part: &str| {
-        let mut line = String::new();
-        while !line.contains(part) {
-            line = lines.recv_timeout(Duration::from_secs(60)).expect("the line comes");
+    // In whatever order: a save may have been at work when the disk became full.
+    let wait_for_lines = |parts: [&str; 3]| {
+        let mut text = String::new();
+        while !parts.iter().all(|part| text.contains(part)) {
+            match lines.recv_timeout(Duration::from_secs(60)) {
+                Ok(line) => text += &(line + "\n"),
+                Err(e) => panic!("{e}, behind {text}"),
+            }
         }
     };
     wait_for(|| steps(dir) >= 30);
@@ -616,9 +620,11 @@ fn a_full_disk_is_waited_out() {
         prlimit(pid, Resource::Fsize, limit).unwrap();
     };
     limit(Some(1000));
-    wait_for_line("a line of the log is lost");
-    wait_for_line("could not be saved: cannot write");
-    wait_for_line("warning: no save is possible, 2 in a row have failed; model holds step ");
+    wait_for_lines([
+        "a line of the log is lost",
+        "could not be saved: cannot write",
+        "warning: no save is possible, 2 in a row have failed; model holds step ",
+    ]);
     let last = saved(dir, "model");
     limit(None);
     wait_for(|| saved(dir, "model") > last);
