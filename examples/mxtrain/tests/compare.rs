@@ -306,6 +306,49 @@ fn gradients_show_which_recipes_are_biased() {
     }
 }
 
+/// Llamas' blocks have other layers, and norms in place of biases.
+#[test]
+fn gradients_of_llamas_are_compared() {
+    let dir = folder();
+    let dir = dir.path();
+    let llama = "--arch llama --kv-heads 1 --qk-norm";
+    succeed(dir, &format!("train --data data --out model --steps 60 --lr 3e-3 {llama} {TINY}"));
+    succeed(dir, &format!("train --data data --out gpt2 --steps 1 {TINY}"));
+    let recipes = "--recipe bf16 --recipe mxfp4 --recipe mxfp4-rht-sr";
+    succeed(
+        dir,
+        &format!(
+            "compare gradients --checkpoint model gpt2 --data data --out g.json --draws 160 --threads 1 \
+             {recipes}"
+        ),
+    );
+    let record = read(dir, "g.json");
+    let recipes = record["checkpoints"][0]["recipes"].as_array().unwrap();
+    let tensors = recipes.iter().map(|recipe| recipe["tensors"].as_array().unwrap());
+    for (index, tensors) in tensors.enumerate() {
+        let names: Vec<_> = tensors.iter().map(|t| t["quantity"].as_str().unwrap()).collect();
+        let block = ["qkv", "attention-output", "gate-up", "down", "qkv-norm", "gate-up-norm"];
+        assert_eq!(names, [&block[..], &block, &["model-input"]].concat());
+        for tensor in tensors {
+            let of = |name: &str| number(&tensor[name]);
+            let (bias, error) = (of("bias_squared"), of("bias_squared_error"));
+            match index {
+                0 => assert_eq!((bias, of("variance")), (0.0, 0.0), "{tensor}"),
+                1 => assert!(bias > 1e-3 && of("variance") == 0.0, "{tensor}"),
+                // As above: 13 tensors are looked at.
+                _ => assert!(bias.abs() < 4.5 * error && of("variance") > 1e-3, "{tensor}"),
+            }
+        }
+    }
+    let out = succeed(dir, "compare report g.json --out report");
+    let (llama, gpt2) = out.split_once("Gradients at gpt2").unwrap();
+    for (name, of_llama) in
+        [("dW of gate and up ", true), ("dx of FC1", false), ("dW of FC2", false)]
+    {
+        assert_eq!((llama.contains(name), gpt2.contains(name)), (of_llama, !of_llama), "{out}");
+    }
+}
+
 /// A run that diverges is a result, too; one that is stopped has none yet, and goes on.
 #[test]
 fn diverged_runs_are_recorded_and_stopped_ones_go_on() {

@@ -4,6 +4,7 @@
 //! Draws are optimizer steps on the same tokens with a learning rate of 0: the step number alone
 //! changes, and with it the random bits. The weights stay, which is checked.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -74,7 +75,8 @@ pub(crate) struct TensorGradient {
 
 /// What a gradient is of. Of dx, the gradient of an activation, the gradients of parameters show
 /// this much: a bias that is added to an activation has the sum of its dx over all tokens as
-/// gradient, and the embedding of a position, in a batch of one sequence, has dx at that position.
+/// gradient; the weight of a norm, the sum of dx times what was normalized; and embeddings, in a
+/// batch of one sequence, dx of the positions that they stand at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Quantity {
@@ -91,20 +93,33 @@ pub(crate) enum Quantity {
     /// dx of the MLP's first layer, summed over tokens: the gradient of the second LayerNorm's
     /// bias.
     Fc1InputSum,
-    /// dx of the whole model's input, position by position: the gradient of the position embedding
-    /// in a batch of one sequence, where the errors of all blocks come together.
+    /// dW of the two layers that SwiGLU joins.
+    GateUp,
+    /// dW of the layer behind SwiGLU.
+    Down,
+    /// The gradient of the weight of the norm before query, key and value.
+    QkvNorm,
+    /// The gradient of the weight of the norm before gate and up.
+    GateUpNorm,
+    /// dx of the whole model's input, where the errors of all blocks come together: the gradient of
+    /// the position embedding in a batch of one sequence, position by position; or of the token
+    /// embedding, summed by token.
     ModelInput,
 }
 
 impl Quantity {
     /// All, in the order of tables.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::Qkv,
         Self::AttentionOutput,
         Self::Fc1,
         Self::Fc2,
+        Self::GateUp,
+        Self::Down,
         Self::QkvInputSum,
         Self::Fc1InputSum,
+        Self::QkvNorm,
+        Self::GateUpNorm,
         Self::ModelInput,
     ];
 
@@ -115,24 +130,55 @@ impl Quantity {
             Self::AttentionOutput => "dW of attention output",
             Self::Fc1 => "dW of FC1",
             Self::Fc2 => "dW of FC2",
+            Self::GateUp => "dW of gate and up",
+            Self::Down => "dW of down",
             Self::QkvInputSum => "dx of QKV, summed over tokens",
             Self::Fc1InputSum => "dx of FC1, summed over tokens",
+            Self::QkvNorm => "dW of the norm before QKV",
+            Self::GateUpNorm => "dW of the norm before gate and up",
             Self::ModelInput => "dx of the model's input",
         }
     }
 
-    /// The parameter of a block whose gradient it is.
-    fn parameter(self, block: usize) -> String {
-        let name = match self {
-            Self::Qkv => "attn.c_attn.weight",
-            Self::AttentionOutput => "attn.c_proj.weight",
-            Self::Fc1 => "mlp.c_fc.weight",
-            Self::Fc2 => "mlp.c_proj.weight",
-            Self::QkvInputSum => "ln_1.bias",
-            Self::Fc1InputSum => "ln_2.bias",
-            Self::ModelInput => return "transformer.wpe.weight".into(),
-        };
-        format!("transformer.h.{block}.{name}")
+    /// The parameter of a block whose gradient it is; none where such blocks have none.
+    fn parameter(self, architecture: Architecture, block: usize) -> Option<String> {
+        if self == Self::ModelInput {
+            return Some(model_input(architecture).into());
+        }
+        Some(match architecture {
+            Architecture::Gpt2 => {
+                let name = match self {
+                    Self::Qkv => "attn.c_attn.weight",
+                    Self::AttentionOutput => "attn.c_proj.weight",
+                    Self::Fc1 => "mlp.c_fc.weight",
+                    Self::Fc2 => "mlp.c_proj.weight",
+                    Self::QkvInputSum => "ln_1.bias",
+                    Self::Fc1InputSum => "ln_2.bias",
+                    _ => return None,
+                };
+                format!("transformer.h.{block}.{name}")
+            }
+            Architecture::Llama => {
+                let name = match self {
+                    Self::Qkv => "self_attn.qkv_proj.weight",
+                    Self::AttentionOutput => "self_attn.o_proj.weight",
+                    Self::GateUp => "mlp.gate_up_proj.weight",
+                    Self::Down => "mlp.down_proj.weight",
+                    Self::QkvNorm => "input_layernorm.weight",
+                    Self::GateUpNorm => "post_attention_layernorm.weight",
+                    _ => return None,
+                };
+                format!("model.layers.{block}.{name}")
+            }
+        })
+    }
+}
+
+/// The embedding whose gradient shows dx of the model's input.
+fn model_input(architecture: Architecture) -> &'static str {
+    match architecture {
+        Architecture::Gpt2 => "transformer.wpe.weight",
+        Architecture::Llama => "model.embed_tokens.weight",
     }
 }
 
@@ -177,16 +223,13 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
     };
     for dir in &args.checkpoints {
         let mut model = Model::load(&engine, dir)?;
-        if model.config().architecture != Architecture::Gpt2 {
-            return Err(Failure::usage(format!(
-                "{}: a Llama, and what is compared are gradients of biases, too, which its blocks do not \
-                 have; compare GPT-2s, or runs (mxtrain compare train)",
-                dir.display()
-            )));
-        }
         if model.config().lora.is_some() {
             // What is compared are gradients of weights.
             model = model.merge_lora()?;
+        }
+        if model.config().architecture == Architecture::Llama && model.config().tied_head {
+            // The gradient of an embedding that is the head, too, would be the sum of both.
+            model = with_own_head(&engine, &model)?;
         }
         let length = args.sequence_length.unwrap_or_else(|| model.config().context_length);
         if ![0, length].contains(&record.sequence_length) {
@@ -210,6 +253,21 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
     record::write(&args.out, Origin::here(&about), record)?;
     console::print(&format!("{}\n", console::shown(&args.out)))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The same model, whose head is a copy of the token embedding.
+fn with_own_head(engine: &Engine, model: &Model) -> Outcome<Model> {
+    let apart = Model::new(engine, &ModelConfig { tied_head: false, ..model.config().clone() })?;
+    let embedding = model_input(Architecture::Llama);
+    for tensor in model.tensors() {
+        let mut values = vec![0.0; tensor.len()];
+        model.read_tensor(&tensor.name, &mut values)?;
+        apart.write_tensor(&tensor.name, &values)?;
+        if tensor.name == embedding {
+            apart.write_tensor("lm_head.weight", &values)?;
+        }
+    }
+    Ok(apart)
 }
 
 /// Sequences of training text, spread evenly: (count, length + 1).
@@ -310,26 +368,44 @@ impl Probe {
 
     /// What is measured, and of which block.
     fn tensors(&self) -> Vec<(Quantity, usize)> {
-        let [of_blocks @ .., last] = Quantity::ALL;
-        let blocks = 0..self.model.config().layers;
-        let each = blocks.flat_map(|block| of_blocks.map(|quantity| (quantity, block)));
-        each.chain([(last, 0)]).collect()
+        let &ModelConfig { architecture, layers, .. } = self.model.config();
+        let of_blocks = Quantity::ALL.into_iter().filter(|&quantity| {
+            quantity != Quantity::ModelInput && quantity.parameter(architecture, 0).is_some()
+        });
+        let each = (0..layers).flat_map(|block| of_blocks.clone().map(move |q| (q, block)));
+        each.chain([(Quantity::ModelInput, 0)]).collect()
     }
 
     /// The gradients of the last step, in the order of [`Probe::tensors`].
     fn gradients(&self, batch: &Trainer, single: &Trainer) -> Outcome<Vec<Vec<f32>>> {
+        let architecture = self.model.config().architecture;
         let read = |(quantity, block): (Quantity, usize)| {
-            let name = quantity.parameter(block);
+            let name = quantity.parameter(architecture, block).expect("it is one of the blocks'");
             let mut values = vec![0.0; self.length_of(&name)];
             let trainer = if quantity == Quantity::ModelInput { single } else { batch };
             trainer.read_gradient(&name, &mut values)?;
             if quantity == Quantity::ModelInput {
-                // Positions beyond the sequence have no gradient.
-                values.truncate(self.length * self.model.config().channels);
+                values = self.of_the_sequence(values);
             }
             Ok(values)
         };
         self.tensors().into_iter().map(read).collect()
+    }
+
+    /// Of the gradient of an embedding what is not 0: the rows of the first sequence.
+    fn of_the_sequence(&self, mut gradient: Vec<f32>) -> Vec<f32> {
+        let &ModelConfig { architecture, channels, .. } = self.model.config();
+        match architecture {
+            Architecture::Gpt2 => {
+                gradient.truncate(self.length * channels);
+                gradient
+            }
+            Architecture::Llama => {
+                let inputs = BTreeSet::from_iter(&self.tokens[..self.length]);
+                let row = |token: &u32| &gradient[*token as usize * channels..][..channels];
+                inputs.into_iter().flat_map(row).copied().collect()
+            }
+        }
     }
 
     fn length_of(&self, name: &str) -> usize {
@@ -345,6 +421,15 @@ impl Probe {
             values.iter().for_each(|v| crc.update(&v.to_bits().to_le_bytes()));
         }
         Ok(crc.finalize())
+    }
+}
+
+impl CheckpointGradients {
+    /// What there are gradients of, in the order of tables.
+    pub(crate) fn quantities(&self) -> Vec<Quantity> {
+        let tensors = || self.recipes.iter().flat_map(|recipe| &recipe.tensors);
+        let is_there = |quantity: &Quantity| tensors().any(|t| t.quantity == *quantity);
+        Quantity::ALL.into_iter().filter(is_there).collect()
     }
 }
 
@@ -377,8 +462,8 @@ impl RecipeGradients {
                 )
             })
         };
-        let [qkv, fc2, dx] = [Quantity::Qkv, Quantity::Fc2, Quantity::ModelInput].map(part);
-        format!("{}, {} draws{qkv}{fc2}{dx}", self.recipe, self.draws)
+        let shown = [Quantity::Qkv, Quantity::Fc2, Quantity::Down, Quantity::ModelInput];
+        format!("{}, {} draws{}", self.recipe, self.draws, shown.map(part).concat())
     }
 }
 
@@ -420,6 +505,50 @@ mod tests {
         };
         assert_ne!(draw(), draw());
         assert_eq!(probe.weights().unwrap(), before);
+    }
+
+    /// What the embedding's gradient shows is the model's input alone.
+    #[test]
+    fn a_head_of_its_own_takes_its_gradient_with_it() {
+        let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();
+        let config = ModelConfig {
+            architecture: Architecture::Llama,
+            vocab_size: 50,
+            context_length: 32,
+            layers: 1,
+            heads: 2,
+            kv_heads: 1,
+            channels: 32,
+            mlp_channels: 48,
+            tied_head: true,
+            ..ModelConfig::default()
+        };
+        let model = Model::new(&engine, &config).unwrap();
+        let apart = with_own_head(&engine, &model).unwrap();
+        assert!(!apart.config().tied_head);
+        let tokens: Vec<u32> = (0..33).map(|i| i * i % 23).collect();
+        let gradients = |model: Model| {
+            let probe = Probe { model, tokens: tokens.clone(), batch_size: 1, length: 32 };
+            let [_, mut single] = probe.trainers(&"fp32".parse().unwrap()).unwrap();
+            let loss = single.step_tokens(&probe.tokens).unwrap().loss;
+            let read = |name: &str| {
+                let mut values = vec![0.0; 50 * 32];
+                single.read_gradient(name, &mut values).map(|()| values)
+            };
+            let of_tokens = probe.gradients(&single, &single).unwrap().pop().unwrap();
+            (loss, read("model.embed_tokens.weight").unwrap(), read("lm_head.weight"), of_tokens)
+        };
+        let (loss, both, none, _) = gradients(model);
+        assert!(none.is_err());
+        let (of_apart, input, head, of_tokens) = gradients(apart);
+        assert_eq!(loss, of_apart);
+        for ((both, input), head) in both.iter().zip(&input).zip(&head.unwrap()) {
+            assert!((both - (input + head)).abs() < 1e-6, "{both} {input} {head}");
+        }
+        // Of the tokens that the sequence has, in their order; of the others it is 0.
+        let shown: Vec<f32> = input.iter().copied().filter(|v| *v != 0.0).collect();
+        assert!(shown.len() < input.len());
+        assert_eq!(of_tokens, shown);
     }
 
     #[test]

@@ -273,7 +273,7 @@ impl Report<'_> {
             ));
             self.table(&tables::signal_to_noise(checkpoint));
             self.note("The signal to noise of each block, in dB; recipes without random bits have no noise.");
-            let rows = Quantity::ALL.into_iter().flat_map(|quantity| {
+            let rows = checkpoint.quantities().into_iter().flat_map(|quantity| {
                 checkpoint.recipes.iter().map(move |recipe| QuantitySummary {
                     quantity,
                     recipe: recipe.recipe.clone(),

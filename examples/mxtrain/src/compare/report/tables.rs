@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::plot::Line;
-use crate::compare::gradients::{CheckpointGradients, Quantity};
+use crate::compare::gradients::CheckpointGradients;
 use crate::compare::moments::Statistics;
 use crate::compare::variance::{VarianceRow, Variances};
 use crate::table::Table;
@@ -25,7 +25,7 @@ pub(crate) fn gradients(checkpoint: &CheckpointGradients) -> Table {
             "cosine",
         ],
     );
-    for quantity in Quantity::ALL {
+    for quantity in checkpoint.quantities() {
         for recipe in &checkpoint.recipes {
             let mut cells =
                 vec![quantity.name().to_owned(), recipe.recipe.clone(), recipe.draws.to_string()];
@@ -54,7 +54,7 @@ pub(crate) fn signal_to_noise(checkpoint: &CheckpointGradients) -> Table {
     let header = ["gradient", "recipe"].map(String::from);
     let names = blocks.iter().map(|block| format!("block {block}"));
     let mut table = Table::new(2, header.into_iter().chain(names));
-    for quantity in Quantity::ALL {
+    for quantity in checkpoint.quantities() {
         for recipe in &checkpoint.recipes {
             let of_block = |&block| {
                 let mut tensors = recipe.tensors.iter().filter(|t| t.quantity == quantity);
