@@ -387,6 +387,52 @@ fn damaged_adapters_are_refused() {
     assert!(missing("mlp.down_proj").contains("target_modules"));
 }
 
+/// PEFT adapts whatever it was told: here keys alone, which are narrower than all heads by far.
+#[test]
+fn an_adapter_of_keys_alone_is_one() {
+    let sizes = ModelConfig { heads: 8, kv_heads: 1, head_size: 64, channels: 16, ..config() };
+    let base = Model::new(&cpu(), &sizes).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let layers = [true, false, false, false];
+    base.with_lora(Lora { rank: 16, alpha: 8.0, layers }).unwrap().save_lora(dir.path()).unwrap();
+    let path = dir.path().join("adapter_model.safetensors");
+    let a: Vec<f32> = (0..16 * 16).map(|i| (i as f32 * 0.37).sin()).collect();
+    let b: Vec<f32> = (0..64 * 16).map(|i| (i as f32 * 0.21).cos()).collect();
+    let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>();
+    let (bytes_a, bytes_b) = (bytes(&a), bytes(&b));
+    let views = tensors(&path).into_keys().filter(|name| name.contains("k_proj")).map(|name| {
+        let (shape, bytes) = match name.contains("lora_A") {
+            true => (vec![16, 16], &bytes_a),
+            false => (vec![64, 16], &bytes_b),
+        };
+        (name, TensorView::new(Dtype::F32, shape, bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views.collect::<Vec<_>>(), None, &path).unwrap();
+    let about = dir.path().join("adapter_config.json");
+    let mut config: Map<String, Value> =
+        serde_json::from_str(&fs::read_to_string(&about).unwrap()).unwrap();
+    config.insert("target_modules".into(), json!(["k_proj"]));
+    fs::write(&about, Value::from(config).to_string()).unwrap();
+
+    let merged = base.load_lora(dir.path()).unwrap().merge_lora().unwrap();
+    let weights = |model: &Model, part: &str| {
+        let rows = if part == "q" { 512 } else { 64 };
+        let mut values = vec![0.0; rows * 16];
+        let name = format!("model.layers.1.self_attn.{part}_proj.weight");
+        model.read_tensor(&name, &mut values).unwrap();
+        values
+    };
+    for part in ["q", "v"] {
+        assert_eq!(weights(&merged, part), weights(&base, part));
+    }
+    let added = weights(&merged, "k").into_iter().zip(weights(&base, "k")).map(|(k, of)| k - of);
+    for (i, added) in added.enumerate() {
+        let (row, column) = (i / 16, i % 16);
+        let product: f32 = (0..16).map(|r| b[row * 16 + r] * a[r * 16 + column]).sum();
+        assert!((added - 0.5 * product).abs() < 1e-5, "{i}: {added}, {product}");
+    }
+}
+
 /// transformers' class `llama` wants a width that heads divide; another of the same blocks does not.
 #[test]
 fn widths_that_heads_do_not_divide_are_of_another_class() {
