@@ -137,11 +137,11 @@ impl Backend for Cuda {
         let widest = shape.linears.iter().map(|layer| layer.outputs).max().unwrap_or(0);
         if mxfp4 && widest > quantize::MAX_DEPTH {
             return Err(Error::Unsupported {
-                what: format!("MXFP4 with layers of {widest} channels on a GPU"),
+                what: format!("MXFP4 with a linear layer of {widest} outputs on a GPU"),
                 remedy: format!(
-                    "use recipe bf16, or at most {} channels in an MLP and {} outside",
-                    quantize::MAX_DEPTH,
-                    quantize::MAX_DEPTH / 4
+                    "use recipe bf16, or a model whose layers have at most {} (the MLP's first is \
+                     the widest: gate and up are one)",
+                    quantize::MAX_DEPTH
                 ),
             });
         }
