@@ -25,7 +25,8 @@
 //    go on. An exception that leaves a callback does not pass through the library: it ends the run
 //    or the text in order (a run still writes its checkpoint; should that fail, the log says so),
 //    and is thrown again, the same object, once the C function has returned. An exception of a log
-//    callback is thrown again by the call that logged. Without exceptions a callback must not throw.
+//    callback is thrown again by the call that logged. Without exceptions a callback must not
+//    throw.
 //
 // 4. Options are the C structs with their defaults filled in. Texts are std::string, and the
 //    options' own; what C says by a number is an enum class, such as mxt::Schedule::cosine.
@@ -512,8 +513,8 @@ inline FileStore &store_of(void *user_data) noexcept {
   return **static_cast<std::unique_ptr<FileStore> *>(user_data);
 }
 
-// Runs a function of a store, also where a callback has thrown before: a run saves at its end, however
-// it ends. What one throws is an answer like stop.
+// Runs a function of a store, also where a callback has thrown before: a run saves at its end,
+// however it ends. What one throws is an answer like stop.
 template <class Body>
 std::int32_t stored(Body body) noexcept {
   return static_cast<std::int32_t>(guarded(body));
