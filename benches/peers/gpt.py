@@ -55,10 +55,11 @@ def optimizer_of(model):
 def step_of(model, compiled, optimizer, shape):
     """A training step in bf16 on random tokens of a batch, length and vocabulary; gives the loss."""
     batch, length, vocab = shape
+    device = next(model.parameters()).device
 
     def step():
-        window = torch.randint(vocab, (batch, length + 1), device="cuda")
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        window = torch.randint(vocab, (batch, length + 1), device=device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = compiled(window[:, :-1], window[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

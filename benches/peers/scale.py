@@ -1,9 +1,10 @@
-"""Several GPUs: mxtrain on each of them alone, then on all, and PyTorch's DDP on as many.
+"""Several GPUs: mxtrain on each of them alone, then on all, and PyTorch's DDP and FSDP2 on as many.
 
-Each rank makes one micro-batch a step, the hardest case. Prints tokens a second by the median of a
-step's time; `efficiency` is that over the sum of what each GPU does alone, at the same time as the
-others, since no two are equally fast, `ratio` over DDP (bf16, torch.compile, fused AdamW, as in
-gpu.py). Everything is run in turn, --rounds times, of which the best counts.
+Each rank makes one micro-batch a step, the hardest case, unless --accumulation says more, which
+PyTorch's are not measured with. Prints tokens a second by the median of a step's time; `efficiency`
+is that over the sum of what each GPU does alone, at the same time as the others, since no two are
+equally fast, `ratio` over the best of PyTorch's (bf16, torch.compile, fused AdamW, as in gpu.py).
+Everything is run in turn, --rounds times, of which the best counts.
 """
 
 import argparse
@@ -23,13 +24,29 @@ import torch
 import torch.distributed as dist
 from gpt import GPT, optimizer_of, step_of
 from gpu import MODELS
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 WARM = 6
 
 
-def ddp(rank, gpus, port, shape, steps, report):
-    """One process of DDP; rank 0 writes the median of a step's time to `report`."""
+def in_ddp(model, rank):
+    return torch.compile(DistributedDataParallel(model, device_ids=[rank]))
+
+
+def in_fsdp(model, _rank):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.blocks:
+        block.compile()
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+WAYS = {"ddp": in_ddp, "fsdp": in_fsdp}
+
+
+def peer(rank, way, gpus, port, shape, steps, report):
+    """One process of PyTorch's; rank 0 writes the median of a step's time to `report`."""
     layers, channels, heads, batch, length, vocab = shape
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.cuda.set_device(rank)
@@ -38,11 +55,12 @@ def ddp(rank, gpus, port, shape, steps, report):
     device = torch.device("cuda", rank)
     dist.init_process_group("nccl", rank=rank, world_size=gpus, device_id=device)
     model = GPT(layers, channels, heads, length, vocab).cuda()
+    shared = WAYS[way](model, rank)
+    # Behind it, since what shards replaces the parameters.
     optimizer = optimizer_of(model)
-    compiled = torch.compile(DistributedDataParallel(model, device_ids=[rank]))
     torch.manual_seed(rank)
 
-    step = step_of(model, compiled, optimizer, (batch, length, vocab))
+    step = step_of(model, shared, optimizer, (batch, length, vocab))
     for _ in range(WARM):
         loss = step()
     assert math.isfinite(loss.item())
@@ -63,11 +81,12 @@ def free_port():
         return listening.getsockname()[1]
 
 
-def of_ddp(shape, gpus, steps):
+def of_peer(way, shape, gpus, steps):
+    """Median seconds of a step."""
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "seconds")
-        arguments = (gpus, free_port(), shape, steps, report)
-        torch.multiprocessing.spawn(ddp, args=arguments, nprocs=gpus)
+        arguments = (way, gpus, free_port(), shape, steps, report)
+        torch.multiprocessing.spawn(peer, args=arguments, nprocs=gpus)
         return float(Path(report).read_text())
 
 
@@ -123,9 +142,10 @@ def memory():
     return max(map(int, subprocess.run(query, capture_output=True, text=True).stdout.split()))
 
 
-def command_of(way, gpus):
+def command_of(way, gpus, accumulation):
     transport, *rest = way.split("+")
-    return f"--gpus {gpus} --transport {transport}" + (" --shard-states" if rest else "")
+    words = f"--gpus {gpus} --transport {transport} --accumulation {gpus * accumulation}"
+    return words + (" --shard-states" if rest else "")
 
 
 def main():
@@ -135,24 +155,26 @@ def main():
     parser.add_argument(
         "--ways", default="auto,auto+shards", help="transports, with +shards for --shard-states"
     )
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a rank")
     parser.add_argument("--optimizer", default="adamw,master=split")
     parser.add_argument("--recipe", default="fp8-mxfp4-rht-sr")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mxtrain", required=True)
     parser.add_argument("--data", required=True, help="folder that `mxtrain prepare` made")
-    parser.add_argument("--skip-ddp", action="store_true")
+    parser.add_argument("--peers", default="ddp", help="ddp, fsdp, with a comma, or none")
     options = parser.parse_args()
-    gpus = options.gpus
+    gpus, accumulation = options.gpus, options.accumulation
+    peers = [way for way in options.peers.split(",") if way in WAYS and accumulation == 1]
     name = torch.cuda.get_device_name()
-    what = f"{options.recipe}, {options.optimizer}"
+    what = f"{options.recipe}, {options.optimizer}, {accumulation} micro-batches a rank"
     print(f"{gpus} x {name}, PyTorch {torch.__version__}, {what}", flush=True)
-    ways = [command_of(way, gpus) for way in options.ways.split(",")]
+    ways = [command_of(way, gpus, accumulation) for way in options.ways.split(",")]
     for model in options.models.split(","):
         shape = MODELS[model]
         tokens = shape[3] * shape[4]
-        alone = [f"--device cuda:{gpu}" for gpu in range(gpus)]
-        best, of_peer = {}, math.inf
+        alone = [f"--device cuda:{gpu} --accumulation {accumulation}" for gpu in range(gpus)]
+        best, of_peers = {}, {}
         for _ in range(options.rounds):
             def run(where):
                 found = of_mxtrain(options, shape, where, options.steps)
@@ -162,21 +184,23 @@ def main():
                 list(pool.map(run, alone))
             for where in ways:
                 run(where)
-            if not options.skip_ddp:
-                of_peer = min(of_peer, of_ddp(shape, gpus, options.steps))
-        sum_of_all = sum(tokens / best[where][0] for where in alone)
-        peer = gpus * tokens / of_peer
-        if peer:
-            print(f"{model} {'DDP':32} {peer:9.0f} tokens/s", flush=True)
+            for way in peers:
+                seconds = of_peer(way, shape, gpus, options.steps)
+                of_peers[way] = min(of_peers.get(way, math.inf), seconds)
+        sum_of_all = sum(accumulation * tokens / best[where][0] for where in alone)
+        rates = {way: gpus * tokens / seconds for way, seconds in of_peers.items()}
+        for way, rate in rates.items():
+            print(f"{model} {way:48} {rate:9.0f} tokens/s", flush=True)
         for where in alone:
-            print(f"{model} {where:32} {tokens / best[where][0]:9.0f} tokens/s", flush=True)
+            rate = accumulation * tokens / best[where][0]
+            print(f"{model} {where:48} {rate:9.0f} tokens/s", flush=True)
         for where in ways:
             seconds, exchange, used = best[where]
-            rate = gpus * tokens / seconds
+            rate = gpus * accumulation * tokens / seconds
             print(
-                f"{model} {where:32} {rate:9.0f} tokens/s, exchange {1e3 * exchange:.2f} ms of "
+                f"{model} {where:48} {rate:9.0f} tokens/s, exchange {1e3 * exchange:.2f} ms of "
                 f"{1e3 * seconds:.2f}, {used} MiB, efficiency {rate / sum_of_all:.3f}"
-                + (f", ratio {rate / peer:.3f}" if peer else ""),
+                + (f", ratio {rate / max(rates.values()):.3f}" if rates else ""),
                 flush=True,
             )
 
