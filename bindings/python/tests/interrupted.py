@@ -10,6 +10,9 @@ import numpy as np
 
 import mxfp4train as mxt
 
+# Whoever runs the tests in the background may have had SIGINT ignored, which programs inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HOW, FOLDER = sys.argv[1:]
 FOREVER = 1 << 40
 ENGINE = mxt.Engine(threads=1)
