@@ -370,12 +370,16 @@ inline bool callback_threw() noexcept { return pending() != nullptr; }
 // Runs a callback of the host. The first exception is kept, and says stop.
 template <class Body>
 Flow guarded(Body body) noexcept {
+  // What the callback calls itself does not throw what another has thrown before.
+  const std::exception_ptr before = std::exchange(pending(), nullptr);
+  Flow flow = Flow::stop;
   try {
-    return body();
+    flow = body();
   } catch (...) {
     if (!callback_threw()) pending() = std::current_exception();
-    return Flow::stop;
   }
+  if (before) pending() = before;
+  return flow;
 }
 
 [[noreturn]] inline void failed(mxt_status status, const std::string &message) {
@@ -395,6 +399,15 @@ T finish(mxt_status status, T value) {
 }
 
 #endif
+
+// Destroys what the host has given, whose destructor may call the library.
+template <class T>
+void destroy(void *user_data) noexcept {
+  guarded([&]() -> Flow {
+    delete static_cast<T *>(user_data);
+    return Flow::go_on;
+  });
+}
 
 template <class Callback, class... Arguments>
 Flow invoke(Callback &callback, const Arguments &...arguments) {
@@ -421,6 +434,11 @@ std::int32_t on_step(void *user_data, const mxt_step_stats *step, const mxt_eval
     }
   });
   return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+}
+
+// In place of a callback of the host: what another one has thrown ends the run.
+inline std::int32_t stop_if_thrown(void *, const mxt_step_stats *, const mxt_eval_stats *) {
+  return callback_threw() ? 1 : 0;
 }
 
 template <class Callback>
@@ -469,7 +487,7 @@ inline void on_log(void *user_data, std::int32_t level, const char *line) {
   });
 }
 
-inline void on_log_free(void *user_data) { delete static_cast<LogFunction *>(user_data); }
+inline void on_log_free(void *user_data) { destroy<LogFunction>(user_data); }
 
 inline std::int32_t on_window(void *user_data, std::uint64_t number, std::uint32_t *tokens,
                               float *weights, std::size_t length) {
@@ -478,10 +496,10 @@ inline std::int32_t on_window(void *user_data, std::uint64_t number, std::uint32
     fill(number, {tokens, length + 1}, {weights, length});
     return Flow::go_on;
   });
-  return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+  return static_cast<std::int32_t>(flow);
 }
 
-inline void on_window_free(void *user_data) { delete static_cast<WindowFunction *>(user_data); }
+inline void on_window_free(void *user_data) { destroy<WindowFunction>(user_data); }
 
 inline std::int32_t on_packed_window(void *user_data, std::uint64_t number, std::uint32_t *tokens,
                                      float *weights, std::uint32_t *documents, std::size_t length) {
@@ -490,16 +508,12 @@ inline std::int32_t on_packed_window(void *user_data, std::uint64_t number, std:
     fill(number, {tokens, length + 1}, {weights, length}, {documents, length});
     return Flow::go_on;
   });
-  return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+  return static_cast<std::int32_t>(flow);
 }
 
-inline void on_packed_window_free(void *user_data) {
-  delete static_cast<PackedWindowFunction *>(user_data);
-}
+inline void on_packed_window_free(void *user_data) { destroy<PackedWindowFunction>(user_data); }
 
-inline void on_owner_free(void *user_data) {
-  delete static_cast<std::shared_ptr<const void> *>(user_data);
-}
+inline void on_owner_free(void *user_data) { destroy<std::shared_ptr<const void>>(user_data); }
 
 // A file of a store that is open, of which C has a pointer.
 struct Stored {
@@ -566,9 +580,10 @@ inline std::int32_t on_file_write(void *, void *file, const void *from, std::siz
 }
 
 inline std::int32_t on_file_close(void *, void *file) {
-  const std::unique_ptr<Stored> owned(static_cast<Stored *>(file));
-  if (!owned->writer || owned->left > 0) return 0;
-  return stored([&]() -> Flow { return owned->writer->close(); });
+  return stored([&]() -> Flow {
+    const std::unique_ptr<Stored> owned(static_cast<Stored *>(file));
+    return owned->writer && owned->left == 0 ? owned->writer->close() : Flow::go_on;
+  });
 }
 
 inline std::int32_t on_files_begin(void *user_data) {
@@ -596,9 +611,7 @@ inline const char *on_files_error(void *user_data) {
   return text;
 }
 
-inline void on_files_free(void *user_data) {
-  delete static_cast<std::unique_ptr<FileStore> *>(user_data);
-}
+inline void on_files_free(void *user_data) { destroy<std::unique_ptr<FileStore>>(user_data); }
 
 inline void *on_allocate(void *user_data, std::size_t bytes, std::size_t alignment) {
   auto *resource = static_cast<std::pmr::memory_resource *>(user_data);
@@ -1699,7 +1712,8 @@ class Trainer {
   // Many steps with evaluations and checkpoints.
   outcome<RunResult> run(const Dataset &dataset, const RunOptions &options) {
     auto result = detail::sized<mxt_run_result>();
-    const mxt_run_options c = options.c();
+    mxt_run_options c = options.c();
+    if (c.on_step == nullptr) c.on_step = detail::stop_if_thrown;
     const mxt_status status = mxt_trainer_run(get(), dataset.get(), &c, &result);
     return detail::finish(status, RunResult(result));
   }

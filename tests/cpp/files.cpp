@@ -249,6 +249,77 @@ void in_a_store(Fixture &it) {
   CHECK(status == MXT_ERROR_NULL);
 }
 
+// A store on another that calls the library itself, in its destructors, too.
+class Forwarding : public mxt::FileStore {
+ public:
+  explicit Forwarding(mxt::Files &to) : to_(to) {}
+  mxt::Flow open(const std::string &, std::unique_ptr<Reader> &) override {
+    return mxt::Flow::go_on;
+  }
+  mxt::Flow create(const std::string &name, std::uint64_t,
+                   std::unique_ptr<Writer> &writer) override {
+    writer = std::make_unique<File>(to_, name);
+    return mxt::Flow::go_on;
+  }
+  mxt::Flow commit() override {
+    return to_.names().size() == 4 ? mxt::Flow::go_on : mxt::Flow::stop;
+  }
+  void abort() override {}
+
+ private:
+  class File : public Writer {
+   public:
+    File(mxt::Files &to, const std::string &name) : to_(to), name_(name) {}
+    ~File() override { to_.put(name_, bytes_); }
+    mxt::Flow write(mxt::view<const std::byte> part) override {
+      bytes_.insert(bytes_.end(), part.begin(), part.end());
+      return mxt::Flow::go_on;
+    }
+
+   private:
+    mxt::Files &to_;
+    std::string name_;
+    Bytes bytes_;
+  };
+
+  mxt::Files &to_;
+};
+
+// What a callback has thrown before does not come out of calls that a store makes.
+void in_a_store_that_calls_back(Fixture &it) {
+  mxt::Files memory;
+  mxt::Files files(std::make_unique<Forwarding>(memory));
+  mxt::RunOptions options(4);
+  options.save_files = files.get();
+  bool caught = false;
+  try {
+    it.trainer.run(it.dataset, options, [&](const mxt::StepStats &) { throw Burnt{1}; });
+  } catch (const Burnt &) {
+    caught = true;
+  }
+  CHECK(caught);
+  CHECK(mxt::Trainer::load(it.engine, memory).steps_done() == it.trainer.steps_done());
+}
+
+// Without a callback for steps, too, an exception of another ends the run, and it saves.
+void a_run_without_a_callback(Fixture &it) {
+  State state;
+  state.throws = true;
+  state.fails_at = 3;
+  mxt::Files files(std::make_unique<Store>(state));
+  mxt::RunOptions options(4);
+  options.save_files = files.get();
+  options.save_every = 1;
+  const std::uint64_t before = it.trainer.steps_done();
+  bool caught = false;
+  try {
+    it.trainer.run(it.dataset, options);
+  } catch (const Burnt &) {
+    caught = true;
+  }
+  CHECK(caught && it.trainer.steps_done() == before + 1 && state.commits == 1);
+}
+
 // What is out, and how much there may be.
 class Counting : public std::pmr::memory_resource {
  public:
@@ -301,6 +372,8 @@ int main(int argc, char **argv) {
   Fixture it;
   in_memory(it);
   in_a_store(it);
+  in_a_store_that_calls_back(it);
+  a_run_without_a_callback(it);
   memory(it);
   return 0;
 }
