@@ -1231,8 +1231,8 @@ typedef struct mxt_weight_metrics {
 //
 // Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
 // checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even
-// free. A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not
-// longjmp.
+// free. A C++ exception passes through mxt_trainer_run, which then saves nothing, and leaves the
+// trainer usable; do not longjmp.
 typedef int32_t (*mxt_step_fn)(void *user_data,
                                const struct mxt_step_stats *step,
                                const struct mxt_eval_stats *eval);
@@ -1253,14 +1253,16 @@ typedef struct mxt_run_options {
   // Folder for the checkpoint, or NULL (default). Borrowed for the call.
   const char *save_dir;
   // Saves whenever the number of steps done is a multiple of it, and at the end of the run,
-  // however it ends. 0 (default): at the end only.
+  // however it ends; there once more where on_step has changed the trainer or its model since.
+  // 0 (default): at the end only.
   uint64_t save_every;
   // Sees every step, or NULL (default).
   mxt_step_fn on_step;
   // Passed to on_step.
   void *user_data;
   // Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call.
-  // They are in use only inside each checkpoint, not while the callback runs.
+  // They are in use only inside each checkpoint, not while the callback runs, which may free them:
+  // the run keeps what they are until it ends.
   struct mxt_files *save_files;
 } mxt_run_options;
 
@@ -2440,7 +2442,8 @@ mxt_status mxt_run_options_init(struct mxt_run_options *options, size_t struct_s
 // failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 // be done are, and after a failed evaluation they are also saved. Only an error of a step, a
 // device that fails and a panic end the run; the steps before are then saved, if there is where to
-// and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which
+// and the trainer is usable (of a group whose ranks differ, MXT_ERROR_MISMATCH, it is not said to
+// be: others may have gone on). After any error mxt_trainer_steps_done counts the steps done, which
 // can be saved (again), and `*result` is not written.
 //
 // Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.

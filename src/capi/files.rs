@@ -2,6 +2,8 @@
 //! them.
 
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::arguments::{self, check};
@@ -32,6 +34,8 @@ pub struct mxt_files {
     set: RwLock<Set>,
     /// Whether its files are in memory.
     is_memory: bool,
+    /// Runs that save to it.
+    borrowers: AtomicUsize,
 }
 
 enum Set {
@@ -49,7 +53,8 @@ struct Memory {
 impl mxt_files {
     fn new(set: Set) -> *mut Self {
         let is_memory = matches!(set, Set::Memory(_));
-        Self { state: State::new(), set: RwLock::new(set), is_memory }.into_raw()
+        let (state, set, borrowers) = (State::new(), RwLock::new(set), AtomicUsize::new(0));
+        Self { state, set, is_memory, borrowers }.into_raw()
     }
 
     /// Runs a load.
@@ -162,6 +167,34 @@ pub(super) unsafe fn given(files: *const mxt_files) -> Result<Arc<mxt_files>, Fa
     match files.state.refusal() {
         Some(refusal) => Err(refusal),
         None => Ok(files),
+    }
+}
+
+/// Files for as long as a run lasts, also where the host gives them up meanwhile.
+pub(super) struct Borrowed(Arc<mxt_files>);
+
+/// [`given`] for a run.
+///
+/// # Safety
+/// `files` is NULL or a live handle.
+pub(super) unsafe fn borrowed(files: *const mxt_files) -> Result<Borrowed, Failure> {
+    // SAFETY: as promised by the caller.
+    let files = unsafe { given(files) }?;
+    files.borrowers.fetch_add(1, Ordering::AcqRel);
+    Ok(Borrowed(files))
+}
+
+impl Deref for Borrowed {
+    type Target = mxt_files;
+
+    fn deref(&self) -> &mxt_files {
+        &self.0
+    }
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        self.0.borrowers.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -560,7 +593,9 @@ struct Emptied(Arc<mxt_files>);
 
 impl Drop for Emptied {
     fn drop(&mut self) {
-        if let Ok(mut set) = self.0.exclusive() {
+        if self.0.borrowers.load(Ordering::Acquire) == 0
+            && let Ok(mut set) = self.0.exclusive()
+        {
             let nothing = Set::Memory(Memory::default());
             drop(std::mem::replace(&mut *set, nothing));
         }

@@ -15,7 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use super::handle::{Handle, State, keep};
-use super::message::{Message, Slot, set_text, text_of};
+use super::message::{Message, Slot, kept, set_text, text_of};
 use super::status::mxt_status_code::{
     MXT_ERROR_DEVICE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_OK,
 };
@@ -44,7 +44,7 @@ pub(super) unsafe fn method<H: Handle>(
         Some(shortage) => fail(function, Some(handle.state()), shortage),
         None => method_of(function, &*handle, body),
     };
-    release(function, handle);
+    release_behind(status, function, handle);
     status
 }
 
@@ -67,6 +67,8 @@ pub(super) fn method_of<H: Handle>(
             }
             fail(function, Some(state), failure)
         }
+        // A callback has forked, and this is the child, which has no threads to go on with.
+        Err(_) if state.is_forked() => fail(function, Some(state), Failure::forked()),
         Err(panic) => {
             state.access().poison();
             fail(function, Some(state), panic)
@@ -125,7 +127,7 @@ pub(super) unsafe fn child<H: Handle>(
         Ok(()) => MXT_OK as mxt_status,
         Err(failure) => fail(function, Some(state), failure),
     };
-    release(function, parent);
+    release_behind(status, function, parent);
     status
 }
 
@@ -187,6 +189,16 @@ pub(super) fn release<T>(function: &str, counted: T) {
     // Nobody is left who could be told by a status, and the object is gone either way.
     if let Err(panic) = catch(function, || drop(counted)) {
         fail(function, None, panic);
+    }
+}
+
+/// [`release`] behind a call that has ended so. Finalizers of the host may make calls that fail; the
+/// thread's message stays that of this one if it did, too.
+pub(super) fn release_behind<T>(status: mxt_status, function: &str, counted: T) {
+    let told = (status != MXT_OK as mxt_status).then(|| kept(Slot::Thread));
+    release(function, counted);
+    if let Some(told) = told {
+        set_text(Slot::Thread, &told);
     }
 }
 

@@ -8,7 +8,7 @@
 //! model, so a model, its other handles and its trainers share one [`Access`]: reading a tensor
 //! while another thread is inside a step is BUSY, not a data race and not a wait.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use super::message::{Message, Slot};
@@ -72,7 +72,7 @@ impl State {
     /// Why no call may use the handle any more, if so.
     pub(super) fn refusal(&self) -> Option<Failure> {
         if self.is_forked() {
-            Some(Failure::new(MXT_ERROR_FORKED, FORKED))
+            Some(Failure::forked())
         } else if self.access.is_poisoned() {
             Some(Failure::new(MXT_ERROR_POISONED, POISONED))
         } else {
@@ -82,7 +82,7 @@ impl State {
 
     /// Whether this is a child process of the one that made the handle. There the handle's locks
     /// may be held, for ever, by threads that exist in the parent only.
-    fn is_forked(&self) -> bool {
+    pub(super) fn is_forked(&self) -> bool {
         self.process != std::process::id()
     }
 
@@ -102,11 +102,19 @@ impl State {
     }
 }
 
+impl Failure {
+    pub(super) fn forked() -> Self {
+        Self::new(MXT_ERROR_FORKED, FORKED)
+    }
+}
+
 /// Who may touch the data behind one or several handles.
 #[derive(Default)]
 pub(super) struct Access {
     lock: RwLock<()>,
     poisoned: AtomicBool,
+    /// How often somebody had it for himself.
+    changes: AtomicU64,
 }
 
 impl Access {
@@ -117,7 +125,14 @@ impl Access {
 
     /// Exclusive access.
     pub(super) fn write(&self) -> Result<RwLockWriteGuard<'_, ()>, Failure> {
-        self.lock.try_write().map_err(refused)
+        let guard = self.lock.try_write().map_err(refused)?;
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        Ok(guard)
+    }
+
+    /// A number that grows whenever somebody has exclusive access, and may change the data.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     pub(super) fn poison(&self) {

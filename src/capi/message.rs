@@ -41,6 +41,12 @@ pub(super) fn set_text(slot: Slot, message: &Message) {
     BUFFERS.with(|buffers| unsafe { *buffers[slot as usize].get() = *message });
 }
 
+/// A copy of the text of a slot of this thread.
+pub(super) fn kept(slot: Slot) -> Message {
+    // SAFETY: as above.
+    BUFFERS.with(|buffers| unsafe { *buffers[slot as usize].get() })
+}
+
 /// The text of a slot of this thread, valid until the slot's next [`set_text`].
 pub(super) fn text_of(slot: Slot) -> *const c_char {
     BUFFERS.with(|buffers| buffers[slot as usize].get().cast::<c_char>().cast_const())

@@ -44,8 +44,8 @@ pub enum mxt_run_end {
 ///
 /// Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
 /// checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even
-/// free. A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not
-/// longjmp.
+/// free. A C++ exception passes through mxt_trainer_run, which then saves nothing, and leaves the
+/// trainer usable; do not longjmp.
 pub type mxt_step_fn = Option<
     unsafe extern "C-unwind" fn(
         user_data: *mut c_void,
@@ -72,14 +72,16 @@ pub struct mxt_run_options {
     /// Folder for the checkpoint, or NULL (default). Borrowed for the call.
     pub save_dir: *const c_char,
     /// Saves whenever the number of steps done is a multiple of it, and at the end of the run,
-    /// however it ends. 0 (default): at the end only.
+    /// however it ends; there once more where on_step has changed the trainer or its model since.
+    /// 0 (default): at the end only.
     pub save_every: u64,
     /// Sees every step, or NULL (default).
     pub on_step: mxt_step_fn,
     /// Passed to on_step.
     pub user_data: *mut c_void,
     /// Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call.
-    /// They are in use only inside each checkpoint, not while the callback runs.
+    /// They are in use only inside each checkpoint, not while the callback runs, which may free them:
+    /// the run keeps what they are until it ends.
     pub save_files: *mut mxt_files,
 }
 versioned!(mxt_run_options, last = user_data: *mut c_void, then save_files: *mut mxt_files);
@@ -158,7 +160,8 @@ pub unsafe extern "C" fn mxt_run_options_init(
 /// failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 /// be done are, and after a failed evaluation they are also saved. Only an error of a step, a
 /// device that fails and a panic end the run; the steps before are then saved, if there is where to
-/// and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which
+/// and the trainer is usable (of a group whose ranks differ, MXT_ERROR_MISMATCH, it is not said to
+/// be: others may have gone on). After any error mxt_trainer_steps_done counts the steps done, which
 /// can be saved (again), and `*result` is not written.
 ///
 /// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
@@ -197,7 +200,7 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
     if run.end == Some(mxt_run_end::Request) {
         run.trainer.stop().clear();
     }
-    guard::release(NAME, run);
+    guard::release_behind(status, NAME, run);
     status
 }
 
@@ -206,7 +209,7 @@ const NAME: &str = "mxt_trainer_run";
 /// Where a run saves.
 enum Place {
     Folder(PathBuf),
-    Files(Arc<mxt_files>),
+    Files(files::Borrowed),
 }
 
 /// A run between two steps.
@@ -223,7 +226,8 @@ struct Run {
     has_asked: bool,
     /// Whether other ranks make the same steps.
     is_in_group: bool,
-    /// The number of steps done at the last checkpoint of this run.
+    /// The number of steps done at the last checkpoint of this run, unless the callback has changed
+    /// something since.
     saved_at: Option<u64>,
     /// Why the last evaluation failed, if it did.
     eval_failure: Option<Failure>,
@@ -246,7 +250,7 @@ impl Run {
             let is_in_group = trainer.is_in_group();
             let place = match (options.save_dir.is_null(), options.save_files.is_null()) {
                 (true, true) => None,
-                (true, false) => Some(Place::Files(files::given(options.save_files)?)),
+                (true, false) => Some(Place::Files(files::borrowed(options.save_files)?)),
                 (false, true) => {
                     let writes = trainer.writes();
                     let dir = arguments::path_of_save("save_dir", options.save_dir, writes)?;
@@ -317,6 +321,7 @@ impl Run {
             };
             if let Some(on_step) = self.options.on_step {
                 let eval = eval.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+                let before = trainer.changes();
                 // SAFETY: the header asks for a function that can be called until the run ends.
                 if unsafe { on_step(self.options.user_data, &step, eval) } != 0 {
                     self.has_asked = true;
@@ -327,6 +332,10 @@ impl Run {
                         self.end = Some(mxt_run_end::Callback);
                     }
                 }
+                // In a group all ranks save, or none.
+                if !self.is_in_group && trainer.changes() != before {
+                    self.saved_at = None;
+                }
             }
         }
         Ok(())
@@ -335,6 +344,10 @@ impl Run {
     /// Whether another step is to be done. Uses up a stop request, but in a group, where a step's vote
     /// tells all ranks of it.
     fn is_due(&mut self) -> bool {
+        if self.trainer.is_freed() {
+            // Also where a run inside the callback has used that up.
+            self.trainer.stop().request_stop();
+        }
         let is_done = self.result.steps == self.options.steps;
         let sees = !self.is_in_group || is_done;
         if self.end.is_none() && sees && self.trainer.stop().is_requested() {
@@ -385,8 +398,14 @@ impl Run {
     fn finish(&mut self) -> Result<mxt_run_result, Failure> {
         let step = self.trainer.steps_done();
         // NOTE: a stop saves but does not evaluate: whoever asks to stop is waiting.
-        if self.saved_at != Some(step) {
-            self.save(step)?;
+        if self.saved_at != Some(step)
+            && let Err(mut failure) = self.save(step)
+        {
+            if let Some(first) = &self.eval_failure {
+                let failed = format!("; the run's last evaluation failed, too: {}", first.message);
+                failure.message.to_mut().push_str(&failed);
+            }
+            return Err(failure);
         }
         if let Some(mut failure) = self.eval_failure.take() {
             let saved = if self.saved_at == Some(step) { "done and saved" } else { "done" };

@@ -1,7 +1,7 @@
 //! `mxt_trainer`: a model, its optimizer, and the place in a run. The memory plan of one.
 
 use std::ffi::{CString, c_char};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::dataset::mxt_dataset;
@@ -27,6 +27,8 @@ pub struct mxt_trainer {
     trainer: Mutex<Trainer>,
     model: mxt_model,
     stop: StopHandle,
+    /// Whether the host has given it up.
+    freed: AtomicBool,
     /// Steps done, to be read while a step is running.
     steps: AtomicU64,
     /// As `steps`.
@@ -62,6 +64,7 @@ impl mxt_trainer {
         let handle = Self {
             state: State::sharing(model.state().access()),
             stop: trainer.stop_handle(),
+            freed: AtomicBool::new(false),
             steps: AtomicU64::new(trainer.steps_done()),
             schedule_start: AtomicU64::new(trainer.schedule_start()),
             trainer: Mutex::new(trainer),
@@ -114,6 +117,16 @@ impl mxt_trainer {
 
     pub(super) fn stop(&self) -> &StopHandle {
         &self.stop
+    }
+
+    /// Whether the host has given it up, in a call that is still inside.
+    pub(super) fn is_freed(&self) -> bool {
+        self.freed.load(Ordering::Acquire)
+    }
+
+    /// How often something may have changed it or its model so far.
+    pub(super) fn changes(&self) -> u64 {
+        self.state.access().changes()
     }
 
     pub(super) fn steps_done(&self) -> u64 {
@@ -546,6 +559,9 @@ pub unsafe extern "C" fn mxt_trainer_free(trainer: *mut mxt_trainer) {
     // SAFETY: a live handle or NULL, as the header asks.
     unsafe {
         mxt_trainer_request_stop(trainer);
+        if let Some(trainer) = trainer.as_ref() {
+            trainer.freed.store(true, Ordering::Release);
+        }
         guard::free("mxt_trainer_free", trainer);
     }
 }

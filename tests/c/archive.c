@@ -294,6 +294,128 @@ static void in_a_run(mxt_engine *engine, mxt_trainer *trainer, const mxt_dataset
   mxt_files_free(memory);
 }
 
+/* A callback that gives the files, the trainer or the dataset up, or changes what a checkpoint
+ * holds. */
+struct host {
+  mxt_files *files;
+  mxt_trainer *trainer;
+  mxt_model *model;
+  mxt_dataset *dataset;
+  int steps, runs_inside;
+};
+
+static int32_t free_files(void *user_data, const mxt_step_stats *step, const mxt_eval_stats *eval) {
+  (void)eval;
+  if (step->step == 2) mxt_files_free(((struct host *)user_data)->files);
+  return 0;
+}
+
+static int32_t change_at_the_end(void *user_data, const mxt_step_stats *step,
+                                 const mxt_eval_stats *eval) {
+  struct host *host = user_data;
+  float values[16];
+  (void)eval;
+  if (step->step == 2) return 0;
+  for (int i = 0; i < 16; i++) values[i] = 7;
+  OK(mxt_trainer_set_lr(host->trainer, 0.5f));
+  OK(mxt_model_tensor_write(host->model, "transformer.ln_f.weight", values, 16));
+  return 0;
+}
+
+static int32_t free_inside(void *user_data, const mxt_step_stats *step,
+                           const mxt_eval_stats *eval) {
+  struct host *host = user_data;
+  (void)step, (void)eval;
+  host->steps++;
+  if (host->runs_inside > 0) {
+    mxt_run_options run;
+    OK(mxt_run_options_init(&run, sizeof run));
+    run.steps = 9;
+    run.on_step = free_inside;
+    run.user_data = host;
+    host->runs_inside--;
+    OK(mxt_trainer_run(host->trainer, host->dataset, &run, NULL));
+    return 0;
+  }
+  mxt_trainer_free(host->trainer);
+  return 0;
+}
+
+static int32_t fail_to_fill(void *user_data, uint64_t number, uint32_t *tokens, float *weights,
+                            size_t length) {
+  struct host *host = user_data;
+  (void)number, (void)tokens, (void)weights, (void)length;
+  mxt_dataset_free(host->dataset);
+  return 9;
+}
+
+static void fail_in_a_finalizer(void *user_data) {
+  (void)user_data;
+  mxt_model *model = NULL;
+  RETURNS(MXT_ERROR_NULL, mxt_model_load(NULL, "nowhere", &model));
+}
+
+static void callbacks_in_a_run(mxt_engine *engine, const mxt_dataset *dataset) {
+  static struct archive archive;
+  mxt_file_callbacks callbacks = callbacks_of(&archive);
+  mxt_run_options run;
+  mxt_run_result result;
+  mxt_trainer *loaded = NULL;
+  struct host host = {0};
+  result.struct_size = sizeof result;
+  host.model = new_model(engine);
+  host.trainer = new_trainer(host.model);
+  OK(mxt_run_options_init(&run, sizeof run));
+  run.user_data = &host;
+
+  /* Freed files are the run's until it ends. */
+  archive.freed = 0;
+  OK(mxt_files_from_callbacks(&callbacks, &host.files));
+  run.steps = 4;
+  run.save_every = 1;
+  run.save_files = host.files;
+  run.on_step = free_files;
+  OK(mxt_trainer_run(host.trainer, dataset, &run, &result));
+  CHECK(result.saved == 1 && archive.committed == 4 && archive.freed == 1);
+  clear(archive.files, &archive.count);
+
+  /* What the callback changes behind the last checkpoint is saved. */
+  OK(mxt_files_in_memory(&host.files));
+  run.steps = 1;
+  run.save_files = host.files;
+  run.on_step = change_at_the_end;
+  OK(mxt_trainer_run(host.trainer, dataset, &run, &result));
+  CHECK(result.saved == 1);
+  OK(mxt_trainer_load_from(engine, host.files, NULL, &loaded));
+  mxt_model *model = NULL;
+  float value[16];
+  OK(mxt_trainer_model(loaded, &model));
+  OK(mxt_model_tensor_read(model, "transformer.ln_f.weight", value, 16));
+  CHECK(value[0] == 7 && step(loaded, dataset).lr == 0.5f);
+  mxt_model_free(model);
+  mxt_trainer_free(loaded);
+  mxt_files_free(host.files);
+
+  /* The message is that of the call, whatever finalizers do behind it. */
+  mxt_dataset *windows = NULL;
+  OK(mxt_dataset_from_windows(10, fail_to_fill, &host, fail_in_a_finalizer, &windows));
+  host.dataset = windows;
+  run.save_files = NULL;
+  run.on_step = NULL;
+  FAILS(MXT_ERROR_IO, "the callback returned 9",
+        mxt_trainer_run(host.trainer, windows, &run, NULL));
+
+  /* A trainer that is given up in a run inside a run makes no step more in either. */
+  host.dataset = new_dataset();
+  host.runs_inside = 2;
+  run.steps = 9;
+  run.on_step = free_inside;
+  OK(mxt_trainer_run(host.trainer, host.dataset, &run, &result));
+  CHECK(host.steps == 3 && result.steps == 1 && result.end == MXT_RUN_END_REQUEST);
+  mxt_dataset_free(host.dataset);
+  mxt_model_free(host.model);
+}
+
 /* The host's functions fail at every call in turn. */
 static void in_an_archive(mxt_engine *engine, mxt_trainer *trainer, const mxt_dataset *dataset) {
   static struct archive archive;
@@ -429,6 +551,7 @@ int main(int argc, char **argv) {
   in_memory(engine, trainer, dataset, folder);
   in_an_archive(engine, trainer, dataset);
   in_a_run(engine, trainer, dataset);
+  callbacks_in_a_run(engine, dataset);
   mxt_trainer_free(trainer);
   mxt_model_free(model);
   mxt_dataset_free(dataset);

@@ -74,6 +74,17 @@ static int32_t fork_once(void *user_data, const mxt_step_stats *stats, const mxt
   return 0;
 }
 
+/* Forks where a window is to be filled; the child's step ends with an error, and not never. */
+static int32_t fork_to_fill(void *user_data, uint64_t number, uint32_t *tokens, float *weights,
+                            size_t length) {
+  pid_t *child = user_data;
+  (void)number, (void)weights;
+  for (size_t i = 0; i <= length; i++) tokens[i] = (uint32_t)(i % 29);
+  if (*child == -1) *child = fork();
+  if (*child == 0) alarm(120);
+  return 0;
+}
+
 static volatile int forking = 1;
 
 static void *keep_training(void *argument) {
@@ -118,6 +129,20 @@ int main(void) {
   OK(status);
   wait_for(child);
   CHECK(mxt_trainer_steps_done(trainer) == 5);
+
+  mxt_dataset *windows = NULL;
+  child = -1;
+  OK(mxt_dataset_from_windows(10, fork_to_fill, &child, NULL, &windows));
+  const mxt_status filled = mxt_trainer_step(trainer, windows, NULL);
+  if (child == 0) {
+    RETURNS(MXT_ERROR_FORKED, filled);
+    mxt_dataset_free(windows);
+    free_all();
+    _exit(0);
+  }
+  OK(filled);
+  wait_for(child);
+  mxt_dataset_free(windows);
 
   /* With another thread deep inside a step, whose locks the child inherits as they are. */
   CHECK(pthread_create(&thread, NULL, keep_training, NULL) == 0);

@@ -106,6 +106,10 @@ impl Workers {
         if self.pool.current_thread_index().is_some() {
             return f();
         }
+        assert!(
+            self.process == std::process::id(),
+            "the threads of an engine are those of the process before fork()"
+        );
         let (mut f, mut result) = (Some(f), None);
         self.handoff.run(&mut || result = f.take().map(|f| f()));
         result.expect("the conductor ran the task")
