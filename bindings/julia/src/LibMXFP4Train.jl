@@ -627,8 +627,8 @@ Both structs are borrowed for the call. Returns 0 to go on; any other number end
 
 Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
 checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even
-free. A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not
-longjmp.
+free. A C++ exception passes through mxt_trainer_run, which then saves nothing, and leaves the
+trainer usable; do not longjmp.
 """
 const mxt_step_fn = Ptr{Cvoid}
 
@@ -1412,14 +1412,16 @@ struct mxt_run_options
     # Folder for the checkpoint, or NULL (default). Borrowed for the call.
     save_dir::Cstring
     # Saves whenever the number of steps done is a multiple of it, and at the end of the run,
-    # however it ends. 0 (default): at the end only.
+    # however it ends; there once more where on_step has changed the trainer or its model since.
+    # 0 (default): at the end only.
     save_every::UInt64
     # Sees every step, or NULL (default).
     on_step::mxt_step_fn
     # Passed to on_step.
     user_data::Ptr{Cvoid}
     # Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call.
-    # They are in use only inside each checkpoint, not while the callback runs.
+    # They are in use only inside each checkpoint, not while the callback runs, which may free them:
+    # the run keeps what they are until it ends.
     save_files::Ptr{mxt_files}
 end
 
@@ -3569,7 +3571,8 @@ result counts it, and the next one is tried when it is due. Where the last evalu
 failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 be done are, and after a failed evaluation they are also saved. Only an error of a step, a
 device that fails and a panic end the run; the steps before are then saved, if there is where to
-and the trainer is usable. After any error mxt_trainer_steps_done counts the steps done, which
+and the trainer is usable (of a group whose ranks differ, MXT_ERROR_MISMATCH, it is not said to
+be: others may have gone on). After any error mxt_trainer_steps_done counts the steps done, which
 can be saved (again), and `*result` is not written.
 
 Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
