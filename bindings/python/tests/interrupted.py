@@ -1,6 +1,7 @@
 """What test_interrupt.py starts and interrupts."""
 
 import io
+import os
 import signal
 import sys
 import threading
@@ -90,7 +91,38 @@ def main():
             trainer.run(DATASET, steps=FOREVER, save_dir=FOLDER, on_step=callback)
         except KeyboardInterrupt as exception:
             tell("interrupted", type(exception.__cause__).__name__)
-    elif HOW == "store":
+    elif HOW.startswith("first-"):
+        what = {
+            "first-save": lambda: trainer.save({}),
+            "first-evaluate": lambda: trainer.evaluate(DATASET),
+            "first-generate": lambda: trainer.model.generate([1], max_tokens=5),
+        }[HOW]
+
+        def on_first_step(_step, _evaluation):
+            threading.Timer(0.002, os.kill, (os.getpid(), signal.SIGINT)).start()
+            what()
+
+        tell("running")
+        interrupted(trainer, lambda: trainer.run(DATASET, steps=FOREVER, on_step=on_first_step))
+    elif HOW == "no-thread":
+        start = threading.Thread.start
+
+        def no_thread(_self):
+            raise RuntimeError("can't start new thread")
+
+        threading.Thread.start = no_thread
+        try:
+            trainer.run(DATASET, steps=1)
+        except RuntimeError:
+            threading.Thread.start = start
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.set_wakeup_fd(-1) == -1
+        tell("running")
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            tell("interrupted")
+    elif HOW in ("store", "inside", "saving"):
 
         class Slow:
             saves = 0
@@ -113,6 +145,25 @@ def main():
                 tell("aborted")
 
         store = Slow()
+        if HOW == "saving":
+            store.saves = 1
+            threading.Timer(0.1, tell, ["running"]).start()
+            try:
+                trainer.run(DATASET, steps=FOREVER, on_step=lambda *_: trainer.save(store))
+            except KeyboardInterrupt:
+                tell("interrupted", trainer.steps_done, "saved", store.saves - 1)
+            return
+        if HOW == "inside":
+            other = make_trainer()
+
+            def run_other(_step, _evaluation):
+                other.run(DATASET, steps=FOREVER, save_every=1, save_files=store)
+
+            try:
+                trainer.run(DATASET, steps=FOREVER, on_step=run_other)
+            except KeyboardInterrupt:
+                tell("interrupted", trainer.steps_done, other.steps_done, "saved", store.saves)
+            return
         try:
             trainer.run(DATASET, steps=FOREVER, save_every=1, save_files=store)
         except KeyboardInterrupt:

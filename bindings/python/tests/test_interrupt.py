@@ -53,6 +53,28 @@ def test_ctrl_c_lets_a_store_end_its_save(tmp_path):
     assert words == ["interrupted", "1", "saved", "1"]
 
 
+def test_ctrl_c_lets_a_callback_end_its_save(tmp_path):
+    for _ in range(10):
+        words = interrupted("saving", tmp_path / "out")
+        # It may come before a step's save, but cuts none off ("aborted").
+        assert words[0] == "interrupted" and int(words[1]) - int(words[3]) in (0, 1)
+
+
+def test_ctrl_c_ends_runs_inside_runs(tmp_path):
+    # It comes into a store's function of the inner run, of another trainer.
+    assert interrupted("inside", tmp_path / "out") == ["interrupted", "1", "1", "saved", "1"]
+
+
+def test_ctrl_c_comes_at_any_moment(tmp_path):
+    # Whatever a callback does for the first time in its process.
+    for how in ("first-save", "first-evaluate", "first-generate"):
+        assert interrupted(how, tmp_path / how)[0] == "interrupted"
+
+
+def test_the_handler_is_given_back(tmp_path):
+    assert interrupted("no-thread", tmp_path / "out") == ["interrupted"]
+
+
 @pytest.mark.parametrize("how", ["evaluate", "generate", "step"])
 def test_ctrl_c_ends_other_calls(how, tmp_path):
     assert interrupted(how, tmp_path / "out")[0] == "interrupted"

@@ -113,26 +113,28 @@ def guarded(function: Callable[..., Any], *arguments: Any, fails: bool = True) -
         thrown.inside = before
 
 
-def on_error(_kind: Any, exception: BaseException, _traceback: Any) -> None:
-    """What comes outside of `guarded`, as Ctrl-C may; the callback then gives its `error`."""
-    kept(exception, fails=False)
-
-
-def callback(kind: str, error: int | None = 1) -> Callable[[Callable[..., Any]], Any]:
+def callback(
+    kind: str, error: int | None = 1, fails: bool = True
+) -> Callable[[Callable[..., Any]], Any]:
     """Makes C's function of a Python function, which returns `error` where nothing else can."""
+
+    def on_error(_kind: Any, exception: BaseException, _traceback: Any) -> None:
+        # What comes outside of `guarded`, as Ctrl-C may.
+        kept(exception, fails)
+
     decorate: Callable[[Callable[..., Any]], Any] = ffi.callback(
         kind, error=error, onerror=on_error
     )
     return decorate
 
 
-@callback("mxt_step_fn")
+@callback("mxt_step_fn", fails=False)
 def on_step(user_data: Any, step: Any, evaluation: Any) -> int:
     found = None if evaluation == ffi.NULL else tuple_of(EvalStats, evaluation)
     return guarded(ffi.from_handle(user_data), step_stats(step), found, fails=False)
 
 
-@callback("mxt_token_fn")
+@callback("mxt_token_fn", fails=False)
 def on_token(user_data: Any, token: int) -> int:
     return guarded(ffi.from_handle(user_data), token, fails=False)
 
@@ -178,7 +180,7 @@ def on_packed_window(
     )
 
 
-@callback("mxt_log_fn", error=None)
+@callback("mxt_log_fn", error=None, fails=False)
 def on_log(user_data: Any, level: int, line: Any) -> None:
     guarded(owned(user_data, stop), LOG_LEVELS[min(level, 3)], text_of(line), fails=False)
 

@@ -162,19 +162,29 @@ def call(function: Callable[..., int], *arguments: Any) -> None:
 def first_of(
     place: list[tuple[BaseException, bool]], status: int, message: str
 ) -> BaseException:
-    """The first of the exceptions of a call. What failed beside it, as a run's save, is its cause."""
+    """The first of the exceptions of a call, with what failed beside it, as a run's save."""
     first, fails = place[0]
-    if fails or status in (lib.MXT_OK, lib.MXT_STOPPED):
+    if status in (lib.MXT_OK, lib.MXT_STOPPED):
+        return first
+    if fails or first.__cause__ is not None:
+        # What the library says of it, with what else it could not do.
+        note(first, message)
         return first
     error: BaseException = error_of(status, message)
-    error.__cause__ = next((other for other, fails in place[1:] if fails), None)
-    # Behind the causes that it came with.
-    last, seen = first, {id(first)}
-    while (before := last.__cause__ or last.__context__) is not None and id(before) not in seen:
-        seen.add(id(before))
-        last = before
-    last.__cause__ = error
+    others = (other for other, fails in place[1:] if fails and other is not first)
+    error.__cause__ = next(others, None)
+    first.__cause__ = error
     return first
+
+
+def note(exception: BaseException, text: str) -> None:
+    """`BaseException.add_note`, which Python has from 3.11 on."""
+    try:
+        notes = exception.__dict__.setdefault("__notes__", [])
+        notes.append(text)
+    except (AttributeError, TypeError):
+        # Whatever else it is that was raised.
+        pass
 
 
 def ask(function: Callable[[Any], T], handle: Handle, closed: T) -> T:

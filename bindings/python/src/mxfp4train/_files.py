@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, Protocol, Union
 
 from . import _callbacks as callbacks
 from ._calls import Handle, ask, c_string, call, make, options, path
+from ._errors import Busy
+from ._interrupt import whole
 from ._library import ffi, lib, text_of
 
 
@@ -52,16 +54,34 @@ class Files(Handle, MutableMapping[str, bytes]):
         self._own(make("files", lib.mxt_files_in_memory))
         # NOTE: between the place of some bytes and the end of their copy nothing may change them.
         self._lock = threading.RLock()
+        # The thread whose run saves here.
+        self._runner: int | None = None
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
         """The bytes stay where they are, also where another thread closes the files."""
         with self._lock:
+            self._check_runner()
             self._cell.hold("Files")
             try:
                 yield
             finally:
                 self._cell.leave()
+
+    def _check_runner(self) -> None:
+        if self._runner not in (None, threading.get_ident()):
+            raise Busy("a run on another thread saves to these files; look at them in its on_step")
+
+    @contextlib.contextmanager
+    def _run(self) -> Iterator[None]:
+        """For this thread alone: a run replaces bytes at any time."""
+        with self._lock:
+            self._check_runner()
+            before, self._runner = self._runner, threading.get_ident()
+        try:
+            yield
+        finally:
+            self._runner = before
 
     def lend(self, name: str, content: Any) -> None:
         """Puts a file without a copy: bytes, an mmap or whatever else has a buffer.
@@ -110,7 +130,10 @@ class Files(Handle, MutableMapping[str, bytes]):
     __hash__ = object.__hash__
 
     def _description(self) -> str:
-        return f" {list(self)}"
+        try:
+            return f" {list(self)}"
+        except Busy:
+            return ""
 
 
 class _Stored(Handle):
@@ -228,6 +251,11 @@ def files_of(place: Any) -> Handle | None:
     return None
 
 
+def run_of(files: Handle | None) -> contextlib.AbstractContextManager[None]:
+    """What holds for a run that saves to files, if it does."""
+    return files._run() if isinstance(files, Files) else contextlib.nullcontext()
+
+
 def folder_of(place: Place) -> Any:
     """The path of a place that is a folder, as C's."""
     return path("folder", place)  # type: ignore[arg-type]
@@ -242,7 +270,7 @@ def save(folder: Place, to_folder: Any, to_files: Any, this: Handle, *more: Any)
         with files._lock:
             call(to_files, this, files, *more)
     else:
-        with files:
+        with files, whole():
             call(to_files, this, files, *more)
 
 

@@ -30,7 +30,7 @@ from ._calls import (
 from ._dataset import Dataset
 from ._engine import Engine
 from ._errors import MxtError
-from ._interrupt import Interrupts
+from ._interrupt import CLEAR_STOP, REQUEST_STOP, Interrupts
 from ._library import ffi, lib, text_of
 from ._model import Model
 from ._snapshot import Snapshot
@@ -492,8 +492,8 @@ class Trainer(Handle):
         its next step or batch; the run saves, and then KeyboardInterrupt is raised.
 
         An evaluation or a save that fails does not end the run; where the last one of its kind
-        failed, that error is raised at its end, or is the cause of what `on_step` has raised. An
-        error of a step ends the run, after a save. What a mapping or a store raises ends the run,
+        failed, that error is raised at its end, or is the cause of what `on_step` has raised (where
+        that has a cause already, a note on it says so). An error of a step ends the run, after a save. What a mapping or a store raises ends the run,
         too.
         """
         keep: list[Any] = []
@@ -524,7 +524,7 @@ class Trainer(Handle):
             status: int = lib.mxt_trainer_run(trainer, data, how, result)
             return status
 
-        with Interrupts(self.request_stop, self.clear_stop):
+        with files.run_of(held.get("save_files")), Interrupts(self.request_stop, self.clear_stop):
             call(run, self, dataset, *held.values())
         return tuple_of(RunResult, result, end=RUN_ENDS[result.end], saved=bool(result.saved))
 
@@ -533,11 +533,11 @@ class Trainer(Handle):
 
         One that is not started yet stops at once. Any thread and any signal handler may call it.
         """
-        ask(lib.mxt_trainer_request_stop, self, None)
+        ask(REQUEST_STOP, self, None)
 
     def clear_stop(self) -> None:
         """Takes a stop request back that no run has used up."""
-        ask(lib.mxt_trainer_clear_stop, self, None)
+        ask(CLEAR_STOP, self, None)
 
     # What the run is, and how it changes.
 
