@@ -30,7 +30,12 @@ end
 function guarded(callback; fails = false)
     # What a log callback has thrown in between is on its way: nothing more is called.
     haskey(task_local_storage(), THROWN) && return STOP
-    return keeping_thrown(() -> Base.reenable_sigint(callback), fails)
+    try
+        return flow(Base.reenable_sigint(callback))
+    catch exception
+        task_local_storage(THROWN, Thrown(exception, fails))
+        return STOP
+    end
 end
 
 # Runs a function of a group, which ends where it throws, one that fills windows of a step, or one of
@@ -40,20 +45,13 @@ end
 # however it ends. Where a callback has thrown before, the call still goes to its end, and that
 # exception is the one that arrives. Ctrl-C waits for a callback that can stop in order, or for the
 # end of the call.
-exchanged(exchange) = keeping_thrown(exchange, true)
-
-# Runs a callback, of whose exceptions and those before it the first is kept. What was thrown before is
-# set aside meanwhile: what the callback calls itself does not throw it.
-function keeping_thrown(callback, fails)
-    thrown = task_local_storage()
-    before = pop!(thrown, THROWN, nothing)
+function exchanged(exchange)
     try
-        return flow(callback())
+        return flow(exchange())
     catch exception
-        haskey(thrown, THROWN) || (thrown[THROWN] = Thrown(exception, fails))
+        thrown = task_local_storage()
+        haskey(thrown, THROWN) || task_local_storage(THROWN, Thrown(exception, true))
         return STOP
-    finally
-        before === nothing || (thrown[THROWN] = before)
     end
 end
 
