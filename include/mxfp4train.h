@@ -1253,7 +1253,8 @@ typedef struct mxt_run_options {
   // Folder for the checkpoint, or NULL (default). Borrowed for the call.
   const char *save_dir;
   // Saves whenever the number of steps done is a multiple of it, and at the end of the run,
-  // however it ends; there once more where on_step has changed the trainer or its model since.
+  // however it ends; there once more where on_step may have changed the trainer or its model
+  // since, by any call that needs them for itself.
   // 0 (default): at the end only.
   uint64_t save_every;
   // Sees every step, or NULL (default).
@@ -1262,7 +1263,7 @@ typedef struct mxt_run_options {
   void *user_data;
   // Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call.
   // They are in use only inside each checkpoint, not while the callback runs, which may free them:
-  // the run keeps what they are until it ends.
+  // the run has them until it ends.
   struct mxt_files *save_files;
 } mxt_run_options;
 
@@ -2442,8 +2443,8 @@ mxt_status mxt_run_options_init(struct mxt_run_options *options, size_t struct_s
 // failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 // be done are, and after a failed evaluation they are also saved. Only an error of a step, a
 // device that fails and a panic end the run; the steps before are then saved, if there is where to
-// and the trainer is usable (of a group whose ranks differ, MXT_ERROR_MISMATCH, it is not said to
-// be: others may have gone on). After any error mxt_trainer_steps_done counts the steps done, which
+// and the trainer is usable, but not where ranks of a group differ (MXT_ERROR_MISMATCH): others may
+// have gone on. After any error mxt_trainer_steps_done counts the steps done, which
 // can be saved (again), and `*result` is not written.
 //
 // Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.

@@ -113,7 +113,7 @@ impl Failure {
 pub(super) struct Access {
     lock: RwLock<()>,
     poisoned: AtomicBool,
-    /// How often somebody had it for himself.
+    /// How often a call had it for itself.
     changes: AtomicU64,
 }
 

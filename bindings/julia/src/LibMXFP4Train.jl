@@ -1412,7 +1412,8 @@ struct mxt_run_options
     # Folder for the checkpoint, or NULL (default). Borrowed for the call.
     save_dir::Cstring
     # Saves whenever the number of steps done is a multiple of it, and at the end of the run,
-    # however it ends; there once more where on_step has changed the trainer or its model since.
+    # however it ends; there once more where on_step may have changed the trainer or its model
+    # since, by any call that needs them for itself.
     # 0 (default): at the end only.
     save_every::UInt64
     # Sees every step, or NULL (default).
@@ -1421,7 +1422,7 @@ struct mxt_run_options
     user_data::Ptr{Cvoid}
     # Files for the checkpoint in place of save_dir, or NULL (default). Borrowed for the call.
     # They are in use only inside each checkpoint, not while the callback runs, which may free them:
-    # the run keeps what they are until it ends.
+    # the run has them until it ends.
     save_files::Ptr{mxt_files}
 end
 
@@ -3571,8 +3572,8 @@ result counts it, and the next one is tried when it is due. Where the last evalu
 failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
 be done are, and after a failed evaluation they are also saved. Only an error of a step, a
 device that fails and a panic end the run; the steps before are then saved, if there is where to
-and the trainer is usable (of a group whose ranks differ, MXT_ERROR_MISMATCH, it is not said to
-be: others may have gone on). After any error mxt_trainer_steps_done counts the steps done, which
+and the trainer is usable, but not where ranks of a group differ (MXT_ERROR_MISMATCH): others may
+have gone on. After any error mxt_trainer_steps_done counts the steps done, which
 can be saved (again), and `*result` is not written.
 
 Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
